@@ -84,6 +84,11 @@ export class FakeSession implements NativeSession {
         this.#state.set(`${kind}.${p.name}`, new Float32Array(p.shape.reduce((a, b) => a * b, 1)));
   }
 
+  /** Never anything pending: each step updates at its end. */
+  async flush(): Promise<void> {
+    this.#alive();
+  }
+
   async attach(name: string, graph: Graph): Promise<void> {
     this.#attached.set(name, graph);
   }
@@ -138,6 +143,11 @@ export class FakeSession implements NativeSession {
       gradNorm,
       nonFinite: bad < 0 ? null : { microBatch: bad, loss: losses[bad]! },
       seconds: (performance.now() - started) / 1000,
+      bytesToDevice: 0,
+      bytesFromDevice: 0,
+      bytesLoaded: 0,
+      bytesSaved: 0,
+      skippedBlocks: [],
       peakDeviceBytes: 0,
       peakHostBytes: 4 * V * V,
     };

@@ -1,0 +1,192 @@
+/**
+ * Where x and dx are at every pass. A value stays on the device while its next use lies in the next visit or a few
+ * passes ahead; before a longer wait it moves to its home (host or disk) and comes back just before its next use.
+ */
+import { evaluate } from "../graph/dims.js";
+import type { Dim, DType } from "../graph/types.js";
+import { dtypeBytes } from "../graph/value.js";
+import type { Buffers } from "./arena.js";
+import type { Flow } from "./flow.js";
+import { PAGE, roundUp } from "./layout.js";
+import { pushAt } from "./lists.js";
+import type { Policy } from "./policy.js";
+import type { CopyQueue, Operand, P } from "./types.js";
+import type { Pass } from "./visits.js";
+
+/** Passes between the start of a boundary's copy and its use. */
+const AHEAD = 3;
+/** Passes for which a place rests after its copy out began, so that the next write need not wait for it. */
+const REST = 2;
+
+export interface Emitter {
+  readonly buffers: Buffers;
+  readonly position: number;
+  copy(queue: CopyQueue, operand: Operand, from: P, to: P, at: number, bytes: number): void;
+}
+
+interface Value {
+  operand: Operand & { kind: "x" | "dx" };
+  touches: Pass[];
+  /** On the device now; -1: not yet, or away. */
+  here: P;
+  home: P;
+  staging: P;
+}
+
+export class Boundaries {
+  private readonly values = new Map<string, Value>();
+  private readonly loads: Value[][] = [];
+  private readonly ins: Value[][] = [];
+  private readonly outs: Value[][] = [];
+  private readonly resting: { p: P; until: number }[] = [];
+  private readonly bytes = new Map<string, number>();
+
+  constructor(
+    private readonly flow: Flow,
+    private readonly policy: Pick<Policy, "boundary" | "dims">,
+    private readonly emitter: Emitter,
+    passes: readonly Pass[],
+  ) {
+    for (const pass of passes) this.touch(pass);
+    if (policy.boundary !== "host" && policy.boundary !== "disk") return;
+    for (const value of this.values.values()) this.planMoves(value);
+  }
+
+  /** The boundaries of a pass; -1 where there is none. */
+  inputs(pass: Pass): P[] {
+    return this.flow
+      .sources(pass.block)
+      .map((s) => ("block" in s ? this.at("x", s.block, s.output, pass.microBatch) : -1));
+  }
+  outputs({ block, microBatch }: Pass): P[] {
+    return this.flow.programs[block]!.outputs.map((_, o) => this.at("x", block, o, microBatch));
+  }
+  outputGradients({ block, microBatch }: Pass): P[] {
+    return this.flow.programs[block]!.outputs.map((_, o) => this.at("dx", block, o, microBatch));
+  }
+  /** Gradients of the inputs, and whether each is added to what another consumer left. */
+  inputGradients({ block, microBatch, index }: Pass): { dIn: P[]; add: boolean[] } {
+    const dIn: P[] = [];
+    const add: boolean[] = [];
+    for (const i of this.flow.sources(block).keys()) {
+      const source = this.flow.gradientSource(block, i);
+      const p = source === null ? -1 : this.at("dx", source.block, source.output, microBatch);
+      const first =
+        source === null ||
+        this.values.get(id("dx", source.block, source.output, microBatch))!.touches[0]!.index === index;
+      add.push(!first || (p >= 0 && dIn.includes(p)));
+      dIn.push(p);
+    }
+    return { dIn, add };
+  }
+
+  /** Copies that begin before a pass. */
+  before(pass: number): void {
+    const { buffers } = this.emitter;
+    for (const value of this.loads[pass] ?? []) {
+      value.staging = buffers.transient("host", this.sizeOf(value), "small");
+      this.copy("load", value, value.home, value.staging);
+    }
+    for (const value of this.ins[pass] ?? []) {
+      value.here = buffers.transient("device", this.sizeOf(value), "small");
+      this.copy("in", value, this.policy.boundary === "disk" ? value.staging : value.home, value.here);
+    }
+  }
+
+  /** Copies that begin after a pass. */
+  after(pass: number): void {
+    const { buffers, position } = this.emitter;
+    for (const value of this.outs[pass] ?? []) {
+      const bytes = this.sizeOf(value);
+      const { boundary } = this.policy;
+      value.home = buffers.transient(boundary as "host" | "disk", bytes, "small");
+      if (boundary === "disk") {
+        value.staging = buffers.transient("host", bytes, "small");
+        this.copy("out", value, value.here, value.staging);
+        this.copy("save", value, value.staging, value.home);
+      } else this.copy("out", value, value.here, value.home);
+      this.resting.push({ p: value.here, until: pass + REST });
+    }
+    while (this.resting.length > 0 && this.resting[0]!.until < pass) this.resting.shift();
+    for (const { p } of this.resting) buffers.touch(p, Math.max(0, position - 1));
+  }
+
+  private at(kind: "x" | "dx", block: number, output: number, microBatch: number): P {
+    const value = this.values.get(id(kind, block, output, microBatch));
+    if (value === undefined) return -1;
+    if (value.here < 0) {
+      const { buffers } = this.emitter;
+      const o = this.flow.programs[block]!.outputs[output]!;
+      value.here =
+        this.policy.boundary === "slot"
+          ? buffers.transient("slot", 0, "small", `${o.dtype} ${o.shape.join(",")}`)
+          : buffers.transient("device", this.sizeOf(value), "small");
+    }
+    return value.here;
+  }
+
+  private touch(pass: Pass): void {
+    const { block, microBatch, op } = pass;
+    const { flow } = this;
+    const see = (kind: "x" | "dx", b: number, output: number, create: boolean) => {
+      const key = id(kind, b, output, microBatch);
+      let value = this.values.get(key);
+      if (value === undefined) {
+        if (!create) return;
+        const operand = { kind, block: b, output, microBatch };
+        value = { operand, touches: [], here: -1, home: -1, staging: -1 };
+        this.values.set(key, value);
+      }
+      value.touches.push(pass);
+    };
+    for (const s of flow.sources(block)) if ("block" in s) see("x", s.block, s.output, false);
+    for (const o of flow.programs[block]!.outputs.keys()) {
+      if (op === "forward" && flow.isConsumed(block, o)) see("x", block, o, true);
+      if (op === "backward") see("dx", block, o, false);
+    }
+    if (op === "forward") return;
+    for (const i of flow.sources(block).keys()) {
+      const source = flow.gradientSource(block, i);
+      if (source !== null) see("dx", source.block, source.output, true);
+    }
+  }
+
+  private planMoves(value: Value): void {
+    const { touches, operand } = value;
+    const put = (lists: Value[][], pass: number) => pushAt(lists, pass, value);
+    let away = false;
+    for (const [k, next] of touches.entries()) {
+      const last = touches[k - 1];
+      if (last === undefined || next.visit - last.visit <= 1 || next.index - last.index <= AHEAD) continue;
+      // A boundary is written once, at its first use; its gradient changes with every consumer.
+      if (operand.kind === "dx") put(this.outs, last.index);
+      else if (!away) put(this.outs, touches[0]!.index);
+      away = true;
+      put(this.ins, next.index - AHEAD);
+      if (this.policy.boundary === "disk") put(this.loads, Math.max(last.index + 1, next.index - 2 * AHEAD));
+    }
+  }
+
+  private copy(queue: CopyQueue, value: Value, from: P, to: P): void {
+    this.emitter.copy(queue, value.operand, from, to, 0, this.sizeOf(value));
+  }
+
+  private sizeOf({ operand }: Value): number {
+    const o = this.flow.programs[operand.block]!.outputs[operand.output]!;
+    return this.bytesOf(o.dtype, o.shape);
+  }
+
+  private bytesOf(dtype: DType, shape: Dim[]): number {
+    const key = `${dtype} ${shape.join(",")}`;
+    let bytes = this.bytes.get(key);
+    if (bytes === undefined) {
+      const elements = shape.reduce<number>((n, d) => n * evaluate(d, this.policy.dims!), 1);
+      bytes = Math.max(PAGE, roundUp(elements * dtypeBytes(dtype), PAGE));
+      this.bytes.set(key, bytes);
+    }
+    return bytes;
+  }
+}
+
+const id = (kind: "x" | "dx", block: number, output: number, microBatch: number): string =>
+  `${kind} ${block} ${output} ${microBatch}`;

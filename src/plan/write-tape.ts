@@ -1,0 +1,389 @@
+/**
+ * Writes the tape of an optimizer step from a policy (TAPE.md, sections 1 to 3). The program is written in its
+ * sequential meaning; then every buffer gets its place by its lifetime in it, and the waits are derived.
+ *
+ * Rules that make every tape mean the same numbers: micro-batches enter the sums in index order, the first overwrites;
+ * consumers of a boundary add to its gradient in the order in which their backwards run, last block first; an update
+ * stands after the norms that its coefficient needs and before any pass of the next version.
+ */
+import type { Graph } from "../graph/types.js";
+import { Buffers } from "./arena.js";
+import { Boundaries } from "./boundaries.js";
+import { Flow } from "./flow.js";
+import { type BlockLayout, blockLayouts, PAGE, roundUp } from "./layout.js";
+import { pushAt } from "./lists.js";
+import { checkPolicy, homeOf, type Policy } from "./policy.js";
+import type { CopyQueue, Instruction, Operand, P, Placement, Tape } from "./types.js";
+import { flushVisits, type Pass, type Visit, visitsOf } from "./visits.js";
+import { accesses, deriveWaits } from "./waits.js";
+
+export type { Home, Policy, Space3 } from "./policy.js";
+
+/**
+ * The tape of a step, and with update "forward" the one that carries out what a step left pending. Both have one
+ * placement. Throws CONFIG for a policy that contradicts itself and TAPE for a graph that does not train.
+ */
+export function writeTape(graph: Graph, policy: Policy): { step: Tape; flush: Tape | null } {
+  const flow = new Flow(graph);
+  checkPolicy(graph, policy);
+  const layouts = blockLayouts(graph, policy.state);
+  const step = new Writer(flow, policy, layouts).write(visitsOf(flow, policy), "step");
+  if (policy.update !== "forward") return { step, flush: null };
+  const flush = new Writer(flow, policy, layouts).write(flushVisits(flow), "flush");
+  const arenas = step.placement.arenas;
+  for (const key of ["deviceBytes", "hostBytes", "diskBytes"] as const)
+    arenas[key] = Math.max(arenas[key], flush.placement.arenas[key]);
+  return { step, flush: { ...flush, placement: step.placement } };
+}
+
+type Kind = "param" | "state" | "retained";
+interface Copy {
+  queue: CopyQueue;
+  operand: Operand;
+  from: P;
+  to: P;
+  at: number;
+  bytes: number;
+}
+/** One operand on the device for its uses in visits `first`..`last`. */
+interface Stay {
+  kind: Kind;
+  block: number;
+  first: number;
+  last: number;
+  /** On the way from disk. */
+  staging: P;
+}
+
+class Writer {
+  readonly buffers = new Buffers();
+  private readonly instructions: Instruction[] = [];
+  private readonly homes: Record<Kind, P[]> = { param: [], state: [], retained: [] };
+  /** Where each operand is on the device now. */
+  private readonly here: Record<Kind, P[]> = { param: [], state: [], retained: [] };
+  private readonly compute: P[] = [];
+  private readonly sums: P[] = [];
+  /** By visit: owners whose compute copy is written there, and the copies from disk and to the device that begin there. */
+  private readonly casts: number[][] = [];
+  private readonly loads: Stay[][] = [];
+  private readonly ins: Stay[][] = [];
+  /** By home of a retained gradient: its last read and its first write. */
+  private readonly lent = new Map<P, { opens: number; closes: number }>();
+  private readonly wide: "float32" | "float64";
+
+  constructor(
+    private readonly flow: Flow,
+    private readonly policy: Policy,
+    private readonly layouts: BlockLayout[],
+  ) {
+    this.wide = flow.graph.dtype === "float64" ? "float64" : "float32";
+    for (const [b, layout] of layouts.entries()) {
+      this.homes.param[b] = this.home(policy.param, b, layout.paramBytes);
+      this.homes.state[b] = this.home(policy.optimizer, b, layout.stateBytes);
+    }
+    if (policy.update === "forward") {
+      for (const b of flow.trained) this.homes.retained[b] = this.home(policy.retained, b, this.bytesOf("retained", b));
+    }
+    for (const p of this.homes.retained) if (p !== undefined) this.lent.set(p, { opens: -1, closes: -1 });
+    for (const kind of ["param", "state", "retained"] as const) {
+      for (const [b, p] of this.homes[kind].entries()) this.here[kind][b] = this.onDevice(p) ? p : -1;
+    }
+  }
+
+  write(visits: Visit[], kind: "step" | "flush"): Tape {
+    const passes = visits.flatMap((v) => v.passes);
+    this.planCasts(visits);
+    this.planFetches(visits);
+    const boundaries = new Boundaries(this.flow, this.policy, this, passes);
+    let closed = kind === "flush";
+    for (const [v, visit] of visits.entries()) {
+      if (!closed && visit.end.length > 0) {
+        this.emit({ op: "coefficient", waits: [] });
+        closed = true;
+      }
+      this.visit(v, visit, boundaries);
+    }
+    if (!closed) this.emit({ op: "coefficient", waits: [] });
+    return this.tape(kind);
+  }
+
+  // ---- what is where, when
+
+  private home(home: Policy["param"], b: number, bytes: number): P {
+    return bytes > 0 ? this.buffers.fixed(homeOf(home, b), bytes) : -1;
+  }
+
+  private onDevice(p: P): boolean {
+    return p < 0 || this.buffers.list[p]!.space === "device";
+  }
+
+  private bytesOf(kind: Kind, b: number): number {
+    const layout = this.layouts[b]!;
+    return kind === "param"
+      ? layout.paramBytes
+      : kind === "state"
+        ? layout.stateBytes
+        : layout.retainedBytes(this.policy.retainedDType);
+  }
+
+  /** A compute copy serves the next visit too; kept autograd graphs hold it until their backward. */
+  private planCasts(visits: Visit[]): void {
+    const last: number[] = [];
+    for (const [v, { passes }] of visits.entries()) {
+      this.casts[v] = [];
+      if (passes.length === 0) continue;
+      for (const o of this.flow.owners[passes[0]!.block]!) {
+        if (this.layouts[o]!.computeBytes === 0) continue;
+        const held = last[o] !== undefined && (v - last[o] <= 1 || this.policy.recompute === "none");
+        if (!held) this.casts[v]!.push(o);
+        last[o] = v;
+      }
+    }
+  }
+
+  /** Finds for each operand that lives elsewhere the visits that need it, and when its copies begin. */
+  private planFetches(visits: Visit[]): void {
+    const stays = new Map<string, Stay>();
+    const need = (kind: Kind, block: number, v: number) => {
+      const home = this.homes[kind][block]!;
+      if (this.onDevice(home)) return;
+      const { prefetch } = this.policy;
+      const fromDisk = this.buffers.list[home]!.space === "disk";
+      const lead = prefetch + (fromDisk ? 1 : 0);
+      const stay = stays.get(`${kind} ${block}`);
+      if (stay !== undefined && v - stay.last <= Math.max(1, lead)) {
+        stay.last = v;
+        return;
+      }
+      const next = { kind, block, first: v, last: v, staging: -1 };
+      stays.set(`${kind} ${block}`, next);
+      if (fromDisk) pushAt(this.loads, Math.max(0, v - lead), next);
+      pushAt(this.ins, Math.max(0, v - prefetch), next);
+    };
+    for (const [v, { passes, pending, complete, end }] of visits.entries()) {
+      for (const b of pending) for (const kind of ["param", "retained", "state"] as const) need(kind, b, v);
+      if (passes.length > 0) {
+        for (const o of this.flow.owners[passes[0]!.block]!) {
+          if (this.layouts[o]!.computeBytes === 0 || this.casts[v]!.includes(o)) need("param", o, v);
+        }
+      }
+      for (const b of this.policy.update === "backward" ? [...complete, ...end] : end) {
+        need("param", b, v);
+        need("state", b, v);
+      }
+    }
+  }
+
+  // ---- the program
+
+  get position(): number {
+    return this.instructions.length;
+  }
+
+  private emit(i: Instruction): void {
+    accesses(i, this.buffers.list, (p, writes) => {
+      this.buffers.touch(p, this.position);
+      const lent = this.lent.get(p);
+      if (lent === undefined) return;
+      if (!writes) lent.opens = this.position;
+      else if (lent.closes < 0) lent.closes = this.position;
+    });
+    this.instructions.push(i);
+  }
+
+  copy(queue: CopyQueue, operand: Operand, from: P, to: P, at: number, bytes: number): void {
+    this.emit({ op: "copy", queue, operand, from, to, at, bytes, waits: [] });
+  }
+
+  private visit(v: number, visit: Visit, boundaries: Boundaries): void {
+    const { passes, pending, complete, end } = visit;
+    const ahead: Copy[] = [];
+    const begin = (stay: Stay, copies: Copy[]) => {
+      if (stay.first === v) this.emitCopies(copies);
+      else ahead.push(...copies);
+    };
+    for (const stay of this.loads[v] ?? []) begin(stay, this.load(stay));
+    for (const stay of this.ins[v] ?? []) begin(stay, this.fetch(stay));
+    if (passes.length === 0) this.emitCopies(ahead);
+    const behind: Copy[] = [];
+    for (const b of pending) behind.push(...this.update(b, "retained"));
+    for (const b of this.casts[v]!) this.cast(b);
+    for (const [i, pass] of passes.entries()) {
+      this.emitCopies(share(ahead, i, passes.length));
+      this.emitCopies(share(behind, i, passes.length));
+      boundaries.before(pass.index);
+      this.pass(pass, boundaries);
+      boundaries.after(pass.index);
+    }
+    if (passes.length === 0) this.emitCopies(behind);
+    for (const b of complete) {
+      this.emit({ op: "norm", block: b, sums: this.sumsOf(b), waits: [] });
+      if (this.policy.update === "backward") this.emitCopies(this.update(b, "sums"));
+      if (this.policy.update === "forward") this.pack(b);
+    }
+    for (const b of end) this.emitCopies(this.update(b, "sums"));
+  }
+
+  private pass(pass: Pass, boundaries: Boundaries): void {
+    const { op, block, microBatch } = pass;
+    const params = this.flow.owners[block]!.map((o) =>
+      this.layouts[o]!.computeBytes > 0 ? this.compute[o]! : this.here.param[o]!,
+    );
+    const common = { block, microBatch, params, in: boundaries.inputs(pass), waits: [] };
+    if (op === "forward") {
+      const keep = this.policy.recompute === "none" && this.flow.hasBackward(block);
+      this.emit({ op, ...common, out: boundaries.outputs(pass), keep });
+      return;
+    }
+    if (microBatch === 0) {
+      const bytes = this.layouts[block]!.sumsBytes;
+      this.sums[block] = bytes > 0 ? this.buffers.transient("device", bytes, "large") : -1;
+    }
+    const sums = { sums: this.sums[block]!, first: microBatch === 0 };
+    if (op === "turn") this.emit({ op, ...common, ...boundaries.inputGradients(pass), ...sums });
+    else
+      this.emit({
+        op,
+        ...common,
+        dOut: boundaries.outputGradients(pass),
+        ...boundaries.inputGradients(pass),
+        ...sums,
+      });
+  }
+
+  private sumsOf(b: number): P[] {
+    return this.flow.users[b]!.map((u) => this.sums[u]!);
+  }
+
+  private cast(b: number): void {
+    this.compute[b] = this.buffers.transient("device", this.layouts[b]!.computeBytes, "large");
+    this.emit({ op: "cast", block: b, from: this.here.param[b]!, to: this.compute[b]!, waits: [] });
+  }
+
+  /** Emits the update; the copies that bring param and state home. */
+  private update(b: number, from: "sums" | "retained"): Copy[] {
+    const [param, state] = [this.here.param[b]!, this.here.state[b]!];
+    const grad = from === "sums" ? this.sumsOf(b) : [this.here.retained[b]!];
+    const dtype = from === "sums" ? this.wide : this.policy.retainedDType;
+    this.emit({ op: "update", block: b, param, state, grad, from, dtype, waits: [] });
+    return [
+      ...this.store("param", b, this.layouts[b]!.trainableBytes),
+      ...this.store("state", b, this.layouts[b]!.stateBytes),
+    ];
+  }
+
+  private pack(b: number): void {
+    const home = this.homes.retained[b]!;
+    const bytes = this.bytesOf("retained", b);
+    const to = this.onDevice(home) ? home : this.buffers.transient("device", bytes, "large");
+    this.here.retained[b] = to;
+    this.emit({ op: "pack", block: b, sums: this.sumsOf(b), to, dtype: this.policy.retainedDType, waits: [] });
+    this.emitCopies(this.store("retained", b, bytes));
+  }
+
+  // ---- copies
+
+  private load(stay: Stay): Copy[] {
+    const { kind, block } = stay;
+    const bytes = this.bytesOf(kind, block);
+    stay.staging = this.buffers.transient("host", bytes, "large");
+    return this.cut("load", { kind, block }, this.homes[kind][block]!, stay.staging, bytes);
+  }
+
+  private fetch({ kind, block, staging }: Stay): Copy[] {
+    const bytes = this.bytesOf(kind, block);
+    const to = this.buffers.transient("device", bytes, "large");
+    this.here[kind][block] = to;
+    return this.cut("in", { kind, block }, staging < 0 ? this.homes[kind][block]! : staging, to, bytes);
+  }
+
+  private store(kind: Kind, block: number, bytes: number): Copy[] {
+    const home = this.homes[kind][block]!;
+    if (this.onDevice(home)) return [];
+    const operand = { kind, block };
+    const from = this.here[kind][block]!;
+    if (this.buffers.list[home]!.space === "host") return this.cut("out", operand, from, home, bytes);
+    const staging = this.buffers.transient("host", bytes, "large");
+    return [...this.cut("out", operand, from, staging, bytes), ...this.cut("save", operand, staging, home, bytes)];
+  }
+
+  /** One copy in at most `parts` page-aligned ranges. */
+  private cut(queue: CopyQueue, operand: Operand, from: P, to: P, bytes: number): Copy[] {
+    const size = roundUp(bytes / this.policy.parts, PAGE);
+    const copies: Copy[] = [];
+    for (let at = 0; at < bytes; at += size)
+      copies.push({ queue, operand, from, to, at, bytes: Math.min(size, bytes - at) });
+    return copies;
+  }
+
+  private emitCopies(copies: readonly Copy[]): void {
+    for (const { queue, operand, from, to, at, bytes } of copies) this.copy(queue, operand, from, to, at, bytes);
+  }
+
+  // ---- the result
+
+  private tape(kind: "step" | "flush"): Tape {
+    const { schedule, recompute, update, clip, state, microBatches, dims, boundary } = this.policy;
+    for (const [p, { opens, closes }] of this.lent)
+      if (opens >= 0 && closes > opens) this.buffers.lend(p, opens, closes);
+    const used = this.buffers.place(this.position);
+    const { places, index } = this.buffers.toPlaces();
+    for (const i of this.instructions) relocate(i, index);
+    deriveWaits(this.instructions, places);
+    const at = (p: P) => (p < 0 ? null : places[index[p]!]!);
+    const placement: Placement = {
+      arenas: { deviceBytes: used.device, hostBytes: used.host, diskBytes: used.disk },
+      homes: this.layouts.map((_, b) => ({ param: at(this.homes.param[b]!), state: at(this.homes.state[b]!) })),
+    };
+    return {
+      format: "stromatolite.tape",
+      version: 2,
+      kind,
+      schedule,
+      recompute,
+      update,
+      clip,
+      state,
+      microBatches: kind === "flush" ? 0 : microBatches,
+      dims: boundary === "slot" ? null : dims,
+      placement,
+      slots: used.slot,
+      places,
+      instructions: this.instructions,
+    };
+  }
+}
+
+/** The i-th of n shares of a list. */
+const share = <T>(list: readonly T[], i: number, n: number): T[] =>
+  list.slice(Math.floor((i * list.length) / n), Math.floor(((i + 1) * list.length) / n));
+
+/** Buffers -> places, in every operand of an instruction. */
+function relocate(i: Instruction, index: readonly P[]): void {
+  const to = (p: P): P => (p < 0 ? -1 : index[p]!);
+  switch (i.op) {
+    case "forward":
+      Object.assign(i, { params: i.params.map(to), in: i.in.map(to), out: i.out.map(to) });
+      break;
+    case "turn":
+    case "backward":
+      Object.assign(i, { params: i.params.map(to), in: i.in.map(to), dIn: i.dIn.map(to), sums: to(i.sums) });
+      if (i.op === "backward") i.dOut = i.dOut.map(to);
+      break;
+    case "cast":
+    case "copy":
+      Object.assign(i, { from: to(i.from), to: to(i.to) });
+      break;
+    case "norm":
+      i.sums = i.sums.map(to);
+      break;
+    case "pack":
+      Object.assign(i, { sums: i.sums.map(to), to: to(i.to) });
+      break;
+    case "update":
+      Object.assign(i, { param: to(i.param), state: to(i.state), grad: i.grad.map(to) });
+      break;
+    case "coefficient":
+      break;
+  }
+}
