@@ -1,23 +1,26 @@
-// stroma::adamw_, CPU twin. Contract: param, exp_avg and exp_avg_sq are overwritten, grad is only read; all flat,
-// contiguous, float32 or float64, no aliasing. One pass over memory, split over the intra-op threads. With `copy`, the
-// new parameter is also written there in its dtype (round to nearest even): the bfloat16 twin of an fp32 master.
+// stroma::adamw_, CPU twin. Contract: param, master, exp_avg, exp_avg_sq and their absmax are overwritten, grad is only
+// read; all flat and contiguous, no aliasing. One pass over memory in tiles, split over the intra-op threads; elements
+// (quantized: blocks) are independent, so any cut gives the same bits.
+//
+// A tile is brought into what the update computes in (float32; float64 for float64 moments), updated, and taken back.
+// Whatever is stored in that type already is updated where it lies.
+#include "kernels/clones.h"
+// clones.h stands first
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <vector>
+
 #include "kernels/adamw.h"
 #include "kernels/checks.h"
+#include "kernels/rounding.h"
+#include "kernels/tiles.h"
 
 namespace stroma {
 namespace {
-
-#if defined(__x86_64__)
-#define STROMA_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define STROMA_CLONES
-#endif
 
 // Not templates: target_clones needs plain functions. Pointers are parameters because only so does restrict hold.
 #define STROMA_ADAMW_TILE(T)                                                                                \
@@ -33,39 +36,167 @@ STROMA_ADAMW_TILE(float)
 STROMA_ADAMW_TILE(double)
 #undef STROMA_ADAMW_TILE
 
-// Five streams of a tile stay in the second-level cache between the two halves.
-constexpr int64_t kTile = 8192;
+STROMA_CLONES void quantized(const AdamWStep<float> s, const float* __restrict g, float* __restrict p,
+                             float* __restrict m, float* __restrict v, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) adamw_quantized(s, g[i], p[i], m[i], v[i]);
+}
 
-void adamw_cpu(at::Tensor& param, const at::Tensor& grad, at::Tensor& exp_avg, at::Tensor& exp_avg_sq, double lr,
-               double beta1, double beta2, double epsilon, double weight_decay, int64_t step, double gradient_scale,
-               const std::optional<at::Tensor>& copy) {
-  check_adamw(param, grad, exp_avg, exp_avg_sq, step, copy);
-  AT_DISPATCH_FLOATING_TYPES(param.scalar_type(), "stroma::adamw_", [&] {
-    const auto s = AdamWStep<scalar_t>::make(lr, beta1, beta2, epsilon, weight_decay, step, gradient_scale);
-    const scalar_t* g = grad.const_data_ptr<scalar_t>();
-    scalar_t* p = param.mutable_data_ptr<scalar_t>();
-    scalar_t* m = exp_avg.mutable_data_ptr<scalar_t>();
-    scalar_t* v = exp_avg_sq.mutable_data_ptr<scalar_t>();
-    c10::BFloat16* c = copy.has_value() ? copy->mutable_data_ptr<c10::BFloat16>() : nullptr;
-    // Elements are independent: any cut gives the same bits.
-    at::parallel_for(0, param.numel(), kTile, [&](int64_t begin, int64_t end) {
-      at::NoGradGuard no_grad;
-      at::Tensor scratch = at::empty({std::min(kTile, end - begin)}, param.options().requires_grad(false));
-      for (int64_t i = begin; i < end; i += kTile) {
-        const int64_t n = std::min(kTile, end - i);
-        scalar_t* root = scratch.mutable_data_ptr<scalar_t>();
-        moments(s, g + i, m + i, v + i, root, n);
-        scratch.narrow(0, 0, n).sqrt_();
-        parameters(s, p + i, m + i, root, n);
-        if (c != nullptr)
-          for (int64_t j = i; j < i + n; ++j) c[j] = static_cast<float>(p[j]);
+STROMA_CLONES void round_nearest(const float* __restrict w, uint16_t* __restrict p, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) p[i] = nearest_bfloat16(w[i]);
+}
+STROMA_CLONES void split(const float* __restrict w, uint16_t* __restrict p, int16_t* __restrict low, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const Split16 halves = split16(w[i]);
+    p[i] = halves.high;
+    low[i] = halves.low;
+  }
+}
+STROMA_CLONES void join(const uint16_t* __restrict p, const int16_t* __restrict low, float* __restrict w, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) w[i] = join16(p[i], low[i]);
+}
+STROMA_CLONES void draw(const PhiloxKey key, int64_t group, uint32_t* __restrict words, int64_t groups) {
+  for (int64_t i = 0; i < groups; ++i) {
+    const Uint4 four = philox4x32(key, static_cast<uint64_t>(group + i));
+    words[4 * i] = four.x;
+    words[4 * i + 1] = four.y;
+    words[4 * i + 2] = four.z;
+    words[4 * i + 3] = four.w;
+  }
+}
+STROMA_CLONES void round_stochastic(const float* __restrict w, const uint32_t* __restrict words, int64_t first,
+                                    uint16_t* __restrict p, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t at = first + i;
+    p[i] = stochastic_bfloat16(w[i], (words[at >> 1] >> ((at & 1) * 16)) & 0xffffu);
+  }
+}
+
+// Five streams of a tile stay in the second-level cache between the passes; of a quantized one, nearly in the first.
+constexpr int64_t kTile = 8192, kQuantTile = 4 * kQuantBlock;
+
+uint16_t* bfloat16_data(const at::Tensor& t) { return reinterpret_cast<uint16_t*>(t.data_ptr<c10::BFloat16>()); }
+
+// A tile's gradient in T.
+template <typename T>
+const T* gradient(const at::Tensor& grad, int64_t begin, int64_t n, T* scratch) {
+  if (grad.scalar_type() == c10::CppTypeToScalarType<T>::value) return grad.const_data_ptr<T>() + begin;
+  if (grad.scalar_type() == at::kBFloat16) {
+    convert(grad.const_data_ptr<c10::BFloat16>() + begin, scratch, n);
+  } else {
+    using Other = std::conditional_t<std::is_same_v<T, float>, double, float>;
+    convert(grad.const_data_ptr<Other>() + begin, scratch, n);
+  }
+  return scratch;
+}
+
+// A tile's weight in T: where it lies, or in scratch; put_weight takes it back.
+template <typename T>
+T* weight(const AdamWArguments& a, Weight kind, int64_t begin, int64_t n, T* scratch) {
+  if (kind == Weight::plain) return a.param.mutable_data_ptr<T>() + begin;
+  if constexpr (std::is_same_v<T, float>) {
+    if (kind == Weight::master) return a.master->mutable_data_ptr<float>() + begin;
+    if (kind == Weight::split)
+      join(bfloat16_data(a.param) + begin, a.master->const_data_ptr<int16_t>() + begin, scratch, n);
+    else
+      convert(a.param.const_data_ptr<c10::BFloat16>() + begin, scratch, n);
+  }
+  return scratch;
+}
+
+void put_weight(const AdamWArguments& a, Weight kind, int64_t begin, int64_t n, const float* w) {
+  if (kind == Weight::plain) return;
+  uint16_t* p = bfloat16_data(a.param) + begin;
+  if (kind == Weight::master) return round_nearest(w, p, n);
+  if (kind == Weight::split) return split(w, p, a.master->mutable_data_ptr<int16_t>() + begin, n);
+  const int64_t first = a.first_element() + begin, groups = (first % 8 + n + 7) / 8;
+  uint32_t words[kTile / 2 + 4];
+  draw(rounding_key(a.key[0], a.key[1], a.key[2]), first / 8, words, groups);
+  round_stochastic(w, words, first % 8, p, n);
+}
+
+template <typename T>
+void update_tile(const AdamWArguments& a, Weight kind, const AdamWStep<T>& s, int64_t begin, int64_t n,
+                 const at::Tensor& scratch) {
+  T* room = scratch.mutable_data_ptr<T>();
+  T* root = room;
+  const T* g = gradient<T>(a.grad, begin, n, room + kTile);
+  T* p = weight<T>(a, kind, begin, n, room + 2 * kTile);
+  T* m = a.exp_avg.mutable_data_ptr<T>() + begin;
+  moments(s, g, m, a.exp_avg_sq.mutable_data_ptr<T>() + begin, root, n);
+  scratch.narrow(0, 0, n).sqrt_();
+  parameters(s, p, m, root, n);
+  if constexpr (std::is_same_v<T, float>) put_weight(a, kind, begin, n, p);
+}
+
+void update_quantized_tile(const AdamWArguments& a, Weight kind, const AdamWStep<float>& s, int64_t begin, int64_t n) {
+  float room[4 * kQuantTile];
+  float *m = room, *v = room + kQuantTile;
+  const float* g = gradient<float>(a.grad, begin, n, room + 2 * kQuantTile);
+  float* p = weight<float>(a, kind, begin, n, room + 3 * kQuantTile);
+  uint8_t *code1 = a.exp_avg.mutable_data_ptr<uint8_t>() + begin,
+          *code2 = a.exp_avg_sq.mutable_data_ptr<uint8_t>() + begin;
+  float *absmax1 = a.absmax1->mutable_data_ptr<float>() + begin / kQuantBlock,
+        *absmax2 = a.absmax2->mutable_data_ptr<float>() + begin / kQuantBlock;
+  decode_signed(code1, absmax1, m, n);
+  decode_unsigned(code2, absmax2, v, n);
+  quantized(s, g, p, m, v, n);
+  put_weight(a, kind, begin, n, p);
+  encode_signed_keeping_sign(m, absmax1, code1, n);
+  encode_unsigned(v, absmax2, code2, n);
+}
+
+void adamw_cpu(at::Tensor& param, const std::optional<at::Tensor>& master, const at::Tensor& grad, at::Tensor& exp_avg,
+               at::Tensor& exp_avg_sq, const std::optional<at::Tensor>& absmax1,
+               const std::optional<at::Tensor>& absmax2, double lr, double beta1, double beta2, double epsilon,
+               double weight_decay, int64_t step, double gradient_scale, at::IntArrayRef key) {
+  const AdamWArguments a{param, master, grad, exp_avg, exp_avg_sq, absmax1, absmax2, step, key};
+  const Weight kind = check_adamw(a);
+  const int64_t n = param.numel(), tile = a.quantized() ? kQuantTile : kTile;
+  const auto update = [&]<typename T>(const AdamWStep<T>& s) {
+    at::parallel_for(0, (n + tile - 1) / tile, kTile / tile, [&](int64_t first, int64_t last) {
+      const at::NoGradGuard no_grad;
+      at::Tensor scratch;
+      if (!a.quantized()) scratch = at::empty({3 * kTile}, exp_avg.options().requires_grad(false));
+      for (int64_t begin = first * tile; begin < std::min(n, last * tile); begin += tile) {
+        const int64_t size = std::min(tile, n - begin);
+        if constexpr (std::is_same_v<T, float>) {
+          if (a.quantized()) {
+            update_quantized_tile(a, kind, s, begin, size);
+            continue;
+          }
+        }
+        update_tile<T>(a, kind, s, begin, size, scratch);
       }
     });
-  });
+  };
+  if (a.wide())
+    update(AdamWStep<double>::make(lr, beta1, beta2, epsilon, weight_decay, step, gradient_scale));
+  else
+    update(AdamWStep<float>::make(lr, beta1, beta2, epsilon, weight_decay, step, gradient_scale));
+}
+
+void split16_cpu(const at::Tensor& x, at::Tensor& param, at::Tensor& master) {
+  check_split16("split16_", x, param, master);
+  const float* w = x.const_data_ptr<float>();
+  uint16_t* p = bfloat16_data(param);
+  int16_t* low = master.mutable_data_ptr<int16_t>();
+  at::parallel_for(0, x.numel(), kTile, [&](int64_t i, int64_t end) { split(w + i, p + i, low + i, end - i); });
+}
+
+void join16_cpu(const at::Tensor& param, const at::Tensor& master, at::Tensor& out) {
+  check_split16("join16_", out, param, master);
+  const uint16_t* p = bfloat16_data(param);
+  const int16_t* low = master.const_data_ptr<int16_t>();
+  float* w = out.mutable_data_ptr<float>();
+  at::parallel_for(0, out.numel(), kTile, [&](int64_t i, int64_t end) { join(p + i, low + i, w + i, end - i); });
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(stroma, CPU, m) { m.impl("adamw_", adamw_cpu); }
+TORCH_LIBRARY_IMPL(stroma, CPU, m) {
+  m.impl("adamw_", adamw_cpu);
+  m.impl("split16_", split16_cpu);
+  m.impl("join16_", join16_cpu);
+}
 
 }  // namespace stroma

@@ -6,25 +6,91 @@
 
 namespace stroma {
 
-inline void check_adamw(const at::Tensor& param, const at::Tensor& grad, const at::Tensor& exp_avg,
-                        const at::Tensor& exp_avg_sq, int64_t step, const std::optional<at::Tensor>& copy) {
-  const auto same = [&](const at::Tensor& t, const char* name) {
-    TORCH_CHECK(t.numel() == param.numel() && t.scalar_type() == param.scalar_type() && t.is_contiguous() &&
-                    t.device() == param.device(),
-                "[stroma::adamw_] expected ", name, " contiguous with ", param.numel(), " elements of ",
-                param.scalar_type(), " on ", param.device(), ", got ", t.numel(), " of ", t.scalar_type(), " on ",
-                t.device());
-  };
-  TORCH_CHECK(param.is_contiguous(), "[stroma::adamw_] expected a contiguous param");
-  same(grad, "grad");
-  same(exp_avg, "exp_avg");
-  same(exp_avg_sq, "exp_avg_sq");
-  TORCH_CHECK(step >= 1, "[stroma::adamw_] expected step >= 1 (updates count from one), got ", step);
-  if (copy.has_value())
-    TORCH_CHECK(copy->numel() == param.numel() && copy->scalar_type() == at::kBFloat16 && copy->is_contiguous() &&
-                    copy->device() == param.device(),
-                "[stroma::adamw_] expected copy contiguous with ", param.numel(), " elements of BFloat16, got ",
-                copy->numel(), " of ", copy->scalar_type());
+// `t` is contiguous, of `n` elements of `dtype`, on `device`.
+inline void check_flat(const char* op, const char* name, const at::Tensor& t, int64_t n, at::ScalarType dtype,
+                       at::Device device) {
+  TORCH_CHECK(t.numel() == n && t.scalar_type() == dtype && t.is_contiguous() && t.device() == device, "[stroma::", op,
+              "] expected ", name, " contiguous with ", n, " elements of ", dtype, " on ", device, ", got ", t.numel(),
+              " of ", t.scalar_type(), " on ", t.device());
+}
+
+inline int64_t quant_blocks(int64_t n) { return (n + 255) / 256; }
+
+inline void check_blockwise(const char* op, const at::Tensor& values, const at::Tensor& code,
+                            const at::Tensor& absmax) {
+  const auto dtype = values.scalar_type();
+  TORCH_CHECK(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16, "[stroma::", op,
+              "] expected values of Float, Double or BFloat16, got ", dtype);
+  check_flat(op, "values", values, values.numel(), dtype, values.device());
+  check_flat(op, "code", code, values.numel(), at::kByte, values.device());
+  check_flat(op, "absmax", absmax, quant_blocks(values.numel()), at::kFloat, values.device());
+}
+
+inline void check_split16(const char* op, const at::Tensor& x, const at::Tensor& param, const at::Tensor& master) {
+  check_flat(op, "the float32 weight", x, x.numel(), at::kFloat, x.device());
+  check_flat(op, "param", param, x.numel(), at::kBFloat16, x.device());
+  check_flat(op, "master", master, x.numel(), at::kShort, x.device());
+}
+
+// How adamw_ keeps a weight. plain: in param, float32 or float64. The others: param is bfloat16, and the weight is a
+// float32 master beside it, or param's bits and an int16 master's, or param alone, rounded stochastically.
+enum class Weight { plain, master, split, stochastic };
+
+struct AdamWArguments {
+  at::Tensor& param;
+  const std::optional<at::Tensor>& master;
+  const at::Tensor& grad;
+  at::Tensor& exp_avg;
+  at::Tensor& exp_avg_sq;
+  const std::optional<at::Tensor>& absmax1;
+  const std::optional<at::Tensor>& absmax2;
+  int64_t step;
+  at::IntArrayRef key;  // (seed, step, tensor), and where the tensor is a part of one: its first element there
+
+  bool quantized() const { return exp_avg.scalar_type() == at::kByte; }
+  bool wide() const { return exp_avg.scalar_type() == at::kDouble; }
+  int64_t first_element() const { return key.size() == 4 ? key[3] : 0; }
+};
+
+// Throws unless the tensors of `a` fit each other; says how its weight is kept.
+inline Weight check_adamw(const AdamWArguments& a) {
+  constexpr const char* op = "adamw_";
+  const int64_t n = a.param.numel();
+  const auto device = a.param.device();
+  const auto kept = a.param.scalar_type(), moments = a.exp_avg.scalar_type(), grad = a.grad.scalar_type();
+  TORCH_CHECK(kept == at::kFloat || kept == at::kDouble || kept == at::kBFloat16,
+              "[stroma::adamw_] expected param of Float, Double or BFloat16, got ", kept);
+  TORCH_CHECK(moments == (kept == at::kDouble ? at::kDouble : at::kFloat) || (a.quantized() && kept != at::kDouble),
+              "[stroma::adamw_] expected exp_avg of ", kept == at::kDouble ? "Double" : "Float or Byte",
+              " beside a param of ", kept, ", got ", moments);
+  TORCH_CHECK(grad == at::kFloat || grad == at::kDouble || grad == at::kBFloat16,
+              "[stroma::adamw_] expected grad of Float, Double or BFloat16, got ", grad);
+  check_flat(op, "param", a.param, n, kept, device);
+  check_flat(op, "grad", a.grad, n, grad, device);
+  check_flat(op, "exp_avg", a.exp_avg, n, moments, device);
+  check_flat(op, "exp_avg_sq", a.exp_avg_sq, n, moments, device);
+  TORCH_CHECK(a.quantized() == a.absmax1.has_value() && a.quantized() == a.absmax2.has_value(),
+              "[stroma::adamw_] expected absmax1 and absmax2 with moments of Byte and only there, got moments of ",
+              moments);
+  if (a.quantized()) {
+    check_flat(op, "absmax1", *a.absmax1, quant_blocks(n), at::kFloat, device);
+    check_flat(op, "absmax2", *a.absmax2, quant_blocks(n), at::kFloat, device);
+  }
+  TORCH_CHECK(a.step >= 1, "[stroma::adamw_] expected step >= 1 (updates count from one), got ", a.step);
+  if (a.master.has_value()) {
+    const auto dtype = a.master->scalar_type();
+    TORCH_CHECK(kept == at::kBFloat16 && (dtype == at::kFloat || dtype == at::kShort),
+                "[stroma::adamw_] expected a master of Float or Short beside a param of BFloat16, got ", dtype,
+                " beside ", kept);
+    check_flat(op, "master", *a.master, n, dtype, device);
+    return dtype == at::kFloat ? Weight::master : Weight::split;
+  }
+  if (kept != at::kBFloat16) return Weight::plain;
+  TORCH_CHECK((a.key.size() == 3 || a.key.size() == 4) && a.first_element() >= 0,
+              "[stroma::adamw_] expected key (seed, step, tensor[, first element]) for a BFloat16 param without a "
+              "master, got ",
+              a.key);
+  return Weight::stochastic;
 }
 
 inline void check_dropout(const at::Tensor& x, double p, const at::Tensor& key) {

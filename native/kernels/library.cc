@@ -4,8 +4,14 @@
 
 TORCH_LIBRARY(stroma, m) {
   m.def(
-      "adamw_(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, float lr, float beta1, "
-      "float beta2, float epsilon, float weight_decay, int step, float gradient_scale, Tensor(d!)? copy) -> ()");
+      "adamw_(Tensor(a!) param, Tensor(b!)? master, Tensor grad, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, "
+      "Tensor(e!)? absmax1, Tensor(f!)? absmax2, float lr, float beta1, float beta2, float epsilon, "
+      "float weight_decay, int step, float gradient_scale, int[] key) -> ()");
+  m.def("split16_(Tensor x, Tensor(a!) param, Tensor(b!) master) -> ()");
+  m.def("join16_(Tensor param, Tensor master, Tensor(a!) out) -> ()");
+  m.def("quantize_blockwise_(Tensor x, Tensor(a!) code, Tensor(b!) absmax, bool signed) -> ()");
+  m.def("dequantize_blockwise_(Tensor code, Tensor absmax, bool signed, Tensor(a!) out) -> ()");
+  m.def("dynamic_map(bool signed) -> Tensor");
   m.def(
       "cross_entropy_head(Tensor x, Tensor weight, Tensor? bias, Tensor labels, Tensor scale, int chunk, "
       "int ignore_index) -> Tensor");

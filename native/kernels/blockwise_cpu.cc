@@ -1,0 +1,206 @@
+// stroma::quantize_blockwise_ and dequantize_blockwise_, CPU twin, and the maps. Contract: the code (uint8) and absmax
+// (float32, one for each 256 elements) are overwritten, x is only read; all flat and contiguous. A block that holds a NaN
+// or an infinity has it as its absmax and comes back with no finite value: nothing is lost in silence.
+#include "kernels/clones.h"
+// clones.h stands first
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linspace.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "kernels/tiles.h"
+#include "kernels/checks.h"
+
+namespace stroma {
+namespace {
+
+// bitsandbytes.functional.create_dynamic_map(is_signed, 7, 8), operation by operation.
+std::vector<float> map_values(bool is_signed) {
+  std::vector<float> values{0.0f, 1.0f};
+  for (int decade = 0; decade < 7; ++decade) {
+    const int64_t items = int64_t{1} << (is_signed ? decade : decade + 1);
+    const at::Tensor bounds = at::linspace(0.1, 1, items + 1, at::TensorOptions().dtype(at::kFloat).device(at::kCPU));
+    const float* b = bounds.const_data_ptr<float>();
+    const float scale = static_cast<float>(std::pow(10.0, decade - 6));
+    for (int64_t i = 0; i < items; ++i) {
+      const float value = scale * ((b[i] + b[i + 1]) / 2.0f);
+      values.push_back(value);
+      if (is_signed) values.push_back(-value);
+    }
+  }
+  std::sort(values.begin(), values.end());
+  return values;
+}
+
+// Least float at or above a that is nearer to b (strictly, or at least as near).
+float boundary(float a, float b, bool strictly) {
+  uint32_t low = float_bits(a), high = float_bits(b);
+  while (low < high) {
+    const uint32_t mid = low + (high - low) / 2;
+    const float to_a = bits_float(mid) - a, to_b = b - bits_float(mid);
+    if (strictly ? to_b < to_a : to_b <= to_a)
+      high = mid;
+    else
+      low = mid + 1;
+  }
+  return bits_float(low);
+}
+
+template <bool Signed>
+DynamicMap<Signed> make_map() {
+  using Map = DynamicMap<Signed>;
+  Map map;
+  const std::vector<float> values = map_values(Signed);
+  std::copy(values.begin(), values.end(), map.value);
+  int code = 0;
+  const float* magnitude = map.value + Map::kZero;
+  for (int c = 0; c < Map::kCells; ++c) {
+    // Twice a float's bits, plus one below zero: the order in which nearest_code compares.
+    const uint64_t begin = static_cast<uint64_t>((kFirstCell >> Map::kShift) + c) << (Map::kShift + 1);
+    map.cell[c] = static_cast<uint32_t>(code) << 24 | Map::kNoBoundary;
+    if (magnitude[code] == 1.0f) continue;
+    const float above = boundary(magnitude[code], magnitude[code + 1], true);
+    const float below = boundary(magnitude[code], magnitude[code + 1], false);
+    const uint64_t at = 2 * static_cast<uint64_t>(float_bits(above)) - (above != below ? 1 : 0);
+    if (at >= begin + Map::kNoBoundary) continue;
+    map.cell[c] = static_cast<uint32_t>(code++) << 24 | static_cast<uint32_t>(at - begin);
+    TORCH_INTERNAL_ASSERT(at >= begin && float_bits(above) - float_bits(below) <= 1);
+  }
+  TORCH_INTERNAL_ASSERT(magnitude[code] == 1.0f, "a cell holds two boundaries");
+  return map;
+}
+
+template <bool Signed>
+inline __attribute__((always_inline)) void decode(const DynamicMap<Signed>& map, const uint8_t* __restrict code,
+                                                  const float* __restrict absmax, float* __restrict out, int64_t n) {
+  for (int64_t b = 0; b < n; b += kQuantBlock) {
+    const float scale = absmax[b / kQuantBlock];
+    const int32_t size = static_cast<int32_t>(std::min(kQuantBlock, n - b));
+    for (int32_t i = 0; i < size; ++i) out[b + i] = map.value[code[b + i]] * scale;
+  }
+}
+
+template <bool Signed, bool KeepSign>
+inline __attribute__((always_inline)) void encode(const DynamicMap<Signed>& map, const float* __restrict x,
+                                                  float* __restrict absmax, uint8_t* __restrict code, int64_t n) {
+  for (int64_t b = 0; b < n; b += kQuantBlock) {
+    const int32_t size = static_cast<int32_t>(std::min(kQuantBlock, n - b));
+    int32_t most = 0;
+    for (int32_t i = 0; i < size; ++i) most = std::max(most, static_cast<int32_t>(magnitude_bits(x[b + i])));
+    const float inverse = inverse_absmax(bits_float(most));
+    const bool vanishes = inverse == 0.0f && static_cast<uint32_t>(most) < 0x7f800000u;
+    absmax[b / kQuantBlock] = vanishes ? 0.0f : bits_float(most);
+    if (vanishes)
+      std::fill_n(code + b, size, uint8_t{0});
+    else
+      for (int32_t i = 0; i < size; ++i)
+        code[b + i] = static_cast<uint8_t>(nearest_code<Signed, KeepSign>(map.cell, x[b + i], inverse));
+  }
+}
+
+constexpr int64_t kTile = 16 * kQuantBlock;
+
+// Runs `tile(begin, size)` over n elements on the intra-op threads; tiles begin at blocks.
+template <typename F>
+void for_tiles(int64_t n, const F& tile) {
+  at::parallel_for(0, (n + kTile - 1) / kTile, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) tile(t * kTile, std::min(kTile, n - t * kTile));
+  });
+}
+
+template <typename T>
+void quantize(const T* x, uint8_t* code, float* absmax, bool is_signed, int64_t n) {
+  for_tiles(n, [&](int64_t begin, int64_t size) {
+    float scratch[kTile];
+    const float* values = scratch;
+    if constexpr (std::is_same_v<T, float>)
+      values = x + begin;
+    else
+      convert(x + begin, scratch, size);
+    (is_signed ? encode_signed : encode_unsigned)(values, absmax + begin / kQuantBlock, code + begin, size);
+  });
+}
+
+template <typename T>
+void dequantize(const uint8_t* code, const float* absmax, T* out, bool is_signed, int64_t n) {
+  for_tiles(n, [&](int64_t begin, int64_t size) {
+    float scratch[kTile];
+    float* values = scratch;
+    if constexpr (std::is_same_v<T, float>) values = out + begin;
+    (is_signed ? decode_signed : decode_unsigned)(code + begin, absmax + begin / kQuantBlock, values, size);
+    if constexpr (!std::is_same_v<T, float>) convert(scratch, out + begin, size);
+  });
+}
+
+void quantize_cpu(const at::Tensor& x, at::Tensor& code, at::Tensor& absmax, bool is_signed) {
+  check_blockwise("quantize_blockwise_", x, code, absmax);
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "stroma::quantize_blockwise_", [&] {
+    quantize(x.const_data_ptr<scalar_t>(), code.mutable_data_ptr<uint8_t>(), absmax.mutable_data_ptr<float>(),
+             is_signed, x.numel());
+  });
+}
+
+void dequantize_cpu(const at::Tensor& code, const at::Tensor& absmax, bool is_signed, at::Tensor& out) {
+  check_blockwise("dequantize_blockwise_", out, code, absmax);
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, out.scalar_type(), "stroma::dequantize_blockwise_", [&] {
+    dequantize(code.const_data_ptr<uint8_t>(), absmax.const_data_ptr<float>(), out.mutable_data_ptr<scalar_t>(),
+               is_signed, out.numel());
+  });
+}
+
+at::Tensor dynamic_map(bool is_signed) {
+  at::Tensor out = at::empty({256}, at::TensorOptions().dtype(at::kFloat).device(at::kCPU));
+  std::copy_n(is_signed ? signed_map().value : unsigned_map().value, 256, out.mutable_data_ptr<float>());
+  return out;
+}
+
+}  // namespace
+
+const DynamicMap<true>& signed_map() {
+  static const DynamicMap<true> map = make_map<true>();
+  return map;
+}
+const DynamicMap<false>& unsigned_map() {
+  static const DynamicMap<false> map = make_map<false>();
+  return map;
+}
+
+STROMA_CLONES void decode_signed(const uint8_t* code, const float* absmax, float* out, int64_t n) {
+  decode(signed_map(), code, absmax, out, n);
+}
+STROMA_CLONES void decode_unsigned(const uint8_t* code, const float* absmax, float* out, int64_t n) {
+  decode(unsigned_map(), code, absmax, out, n);
+}
+STROMA_CLONES void encode_signed(const float* x, float* absmax, uint8_t* code, int64_t n) {
+  encode<true, false>(signed_map(), x, absmax, code, n);
+}
+STROMA_CLONES void encode_signed_keeping_sign(const float* x, float* absmax, uint8_t* code, int64_t n) {
+  encode<true, true>(signed_map(), x, absmax, code, n);
+}
+STROMA_CLONES void encode_unsigned(const float* x, float* absmax, uint8_t* code, int64_t n) {
+  encode<false, false>(unsigned_map(), x, absmax, code, n);
+}
+
+#define STROMA_CONVERT(From, To)                                                                 \
+  STROMA_CLONES void convert(const From* __restrict from, To* __restrict to, int64_t n) {        \
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<To>(from[i]);                            \
+  }
+STROMA_CONVERT(c10::BFloat16, float)
+STROMA_CONVERT(c10::BFloat16, double)
+STROMA_CONVERT(double, float)
+STROMA_CONVERT(float, double)
+STROMA_CONVERT(float, c10::BFloat16)
+#undef STROMA_CONVERT
+
+TORCH_LIBRARY_IMPL(stroma, CPU, m) {
+  m.impl("quantize_blockwise_", quantize_cpu);
+  m.impl("dequantize_blockwise_", dequantize_cpu);
+}
+TORCH_LIBRARY_IMPL(stroma, CompositeExplicitAutograd, m) { m.impl("dynamic_map", dynamic_map); }
+
+}  // namespace stroma
