@@ -81,10 +81,13 @@ class Writer {
       this.homes.param[b] = this.home(policy.param, b, layout.paramBytes);
       this.homes.state[b] = this.home(policy.optimizer, b, layout.stateBytes);
     }
-    if (policy.update === "forward") {
-      for (const b of flow.trained) this.homes.retained[b] = this.home(policy.retained, b, this.bytesOf("retained", b));
+    // Behind all other homes: a retained gradient exists only with update "forward".
+    for (const b of layouts.keys()) {
+      const bytes = policy.update === "forward" ? this.bytesOf("retained", b) : 0;
+      const p = this.home(policy.retained, b, bytes);
+      this.homes.retained[b] = p;
+      if (p >= 0) this.lent.set(p, { opens: -1, closes: -1 });
     }
-    for (const p of this.homes.retained) if (p !== undefined) this.lent.set(p, { opens: -1, closes: -1 });
     for (const kind of ["param", "state", "retained"] as const) {
       for (const [b, p] of this.homes[kind].entries()) this.here[kind][b] = this.onDevice(p) ? p : -1;
     }

@@ -1,0 +1,138 @@
+import fc from "fast-check";
+import { describe, expect, it } from "vitest";
+import type { Graph } from "../../../src/graph/types.js";
+import { PAGE } from "../../../src/plan/layout.js";
+import { residentPolicy } from "../../../src/plan/planner.js";
+import type { Place, Tape } from "../../../src/plan/types.js";
+import { queueOf } from "../../../src/plan/waits.js";
+import { type Policy, type Space3, writeTape } from "../../../src/plan/write-tape.js";
+import { randomGraph } from "../../support/random-graph.js";
+import { random, randomModel } from "../../support/random-models.js";
+import { Machine, type Outcome } from "./replay.js";
+
+const graphs: fc.Arbitrary<Graph> = fc.oneof(
+  { weight: 2, arbitrary: randomGraph },
+  { weight: 1, arbitrary: fc.nat(1000).map((seed) => randomModel(seed).graph) },
+);
+const dims = { B: 2, T: 3 };
+
+/** A home for each block, the same whenever asked. */
+const homes: fc.Arbitrary<Policy["param"]> = fc.oneof(
+  fc.constantFrom<Space3>("device", "host", "disk"),
+  fc
+    .array(fc.constantFrom<Space3>("device", "host", "disk"), { minLength: 1, maxLength: 5 })
+    .map((list) => (b: number) => list[b % list.length]!),
+);
+
+/** Policies that make sense, of every kind. */
+const policies: fc.Arbitrary<Policy> = fc
+  .record<Policy>({
+    schedule: fc.constantFrom("depthFirst", "breadthFirst", "breadthFirst"),
+    recompute: fc.constantFrom("all", "all", "none"),
+    update: fc.constantFrom("end", "backward", "forward"),
+    clip: fc.constantFrom("none", "block", "global"),
+    state: fc.constantFrom<Policy["state"]>(
+      { storage: "float32", masterWeight: "none", optimizer: "adamw" },
+      { storage: "bfloat16", masterWeight: "split16", optimizer: "adamw8bit" },
+    ),
+    microBatches: fc.integer({ min: 1, max: 5 }),
+    dims: fc.constant(dims),
+    param: homes,
+    optimizer: homes,
+    boundary: fc.constantFrom("slot", "device", "host", "disk"),
+    retained: homes,
+    retainedDType: fc.constantFrom("float32", "bfloat16", "dynamic8"),
+    prefetch: fc.integer({ min: 0, max: 2 }),
+    parts: fc.integer({ min: 1, max: 4 }),
+  })
+  .map((p) => ({
+    ...p,
+    clip: p.update === "backward" && p.clip === "global" ? "block" : p.clip,
+    param: p.recompute === "none" ? "device" : p.param,
+    boundary: p.recompute === "none" && p.boundary !== "slot" ? "device" : p.boundary,
+  }));
+
+/** Several steps of unequal size, and what a last flush leaves. */
+function play(graph: Graph, policy: Policy, sizes: readonly number[], order?: (t: Tape) => number[]): Outcome {
+  const tapes = sizes.map((microBatches) => writeTape(graph, { ...policy, microBatches }));
+  const machine = new Machine(graph, tapes[0]!.step);
+  const run = (tape: Tape, step: number) => machine.run(tape, step, order?.(tape));
+  for (const [step, tape] of tapes.entries()) run(tape.step, step);
+  const { flush } = tapes.at(-1)!;
+  if (flush !== null) run(flush, sizes.length);
+  return machine.outcome();
+}
+
+describe("the planner of tapes", () => {
+  it("computes what the resident depth-first tape computes, for random graphs and policies", () => {
+    fc.assert(
+      fc.property(graphs, policies, fc.integer({ min: 1, max: 3 }), (graph, policy, second) => {
+        const { state, clip, microBatches } = policy;
+        const sizes = [microBatches, second, microBatches];
+        const plain = residentPolicy(graph, { microBatches, state, clip });
+        expect(play(graph, policy, sizes)).toEqual(play(graph, plain, sizes));
+      }),
+      { numRuns: 300 },
+    );
+  }, 120_000);
+
+  it("computes the same in any order that queues and waits allow", () => {
+    fc.assert(
+      fc.property(graphs, policies, fc.nat(), (graph, policy, seed) => {
+        const next = random(seed);
+        const sizes = [policy.microBatches, policy.microBatches];
+        expect(play(graph, policy, sizes, (t) => anyOrder(t, next))).toEqual(play(graph, policy, sizes));
+      }),
+      { numRuns: 300 },
+    );
+  }, 120_000);
+
+  it("gives homes the same places whatever the batch, and every place its alignment and bounds", () => {
+    fc.assert(
+      fc.property(graphs, policies, (graph, policy) => {
+        const { step, flush } = writeTape(graph, policy);
+        const other = writeTape(graph, { ...policy, microBatches: policy.microBatches + 3 });
+        expect(other.step.placement.homes).toEqual(step.placement.homes);
+        expect(flush?.placement ?? step.placement).toEqual(step.placement);
+        for (const tape of [step, flush]) for (const p of tape?.places ?? []) checkPlace(p, tape!);
+      }),
+      { numRuns: 100 },
+    );
+  }, 60_000);
+});
+
+function checkPlace({ space, offset, bytes }: Place, { placement: { arenas }, slots }: Tape): void {
+  if (space === "slot") {
+    expect(bytes).toBe(0);
+    expect(offset).toBeLessThan(slots);
+    return;
+  }
+  expect(offset % PAGE).toBe(0);
+  expect(bytes % PAGE).toBe(0);
+  expect(bytes).toBeGreaterThan(0);
+  expect(offset + bytes).toBeLessThanOrEqual(arenas[`${space}Bytes`]);
+}
+
+/** Instructions in an order that respects queues and waits, and nothing else. */
+function anyOrder(tape: Tape, next: () => number): number[] {
+  const queues = new Map<string, number[]>();
+  for (const [i, instruction] of tape.instructions.entries()) {
+    const queue = queueOf(instruction);
+    if (!queues.has(queue)) queues.set(queue, []);
+    queues.get(queue)!.push(i);
+  }
+  const order: number[] = [];
+  const done = new Set<number>();
+  // A favourite for a while, so that one queue may run far ahead of the others.
+  let favourite = 0;
+  while (order.length < tape.instructions.length) {
+    const ready = [...queues.values()].filter(
+      (q) => q.length > 0 && tape.instructions[q[0]!]!.waits.every((w) => done.has(w)),
+    );
+    if (next() < 0.1) favourite = Math.floor(next() * 8);
+    const i = ready[favourite % ready.length]!.shift()!;
+    done.add(i);
+    order.push(i);
+  }
+  return order;
+}
