@@ -85,7 +85,8 @@ export class Buffers {
   }
 
   private add(b: Pick<Buffer, "space" | "bytes" | "offset" | "fixed" | "size" | "key">): P {
-    return this.list.push({ ...b, first: -1, last: -1, window: null }) - 1;
+    const { space, bytes, offset, fixed, size, key } = b;
+    return this.list.push({ space, bytes, offset, fixed, size, key, first: -1, last: -1, window: null }) - 1;
   }
 }
 

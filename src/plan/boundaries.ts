@@ -3,7 +3,7 @@
  * passes ahead; before a longer wait it moves to its home (host or disk) and comes back just before its next use.
  */
 import { evaluate } from "../graph/dims.js";
-import type { Dim, DType } from "../graph/types.js";
+import type { ProgramOutput } from "../graph/types.js";
 import { dtypeBytes } from "../graph/value.js";
 import type { Buffers } from "./arena.js";
 import type { Flow } from "./flow.js";
@@ -26,6 +26,7 @@ export interface Emitter {
 
 interface Value {
   operand: Operand & { kind: "x" | "dx" };
+  bytes: number;
   touches: Pass[];
   /** On the device now; -1: not yet, or away. */
   here: P;
@@ -34,12 +35,15 @@ interface Value {
 }
 
 export class Boundaries {
-  private readonly values = new Map<string, Value>();
+  private readonly values = new Map<number, Value>();
   private readonly loads: Value[][] = [];
   private readonly ins: Value[][] = [];
   private readonly outs: Value[][] = [];
   private readonly resting: { p: P; until: number }[] = [];
-  private readonly bytes = new Map<string, number>();
+  /** Most outputs of any block. */
+  private readonly most: number;
+  /** Bytes of outputs, by block and output. */
+  private readonly bytes: number[][];
 
   constructor(
     private readonly flow: Flow,
@@ -47,6 +51,10 @@ export class Boundaries {
     private readonly emitter: Emitter,
     passes: readonly Pass[],
   ) {
+    const dims = policy.boundary === "slot" ? null : policy.dims;
+    const ofProgram = flow.graph.programs.map((p) => p.outputs.map((o) => (dims === null ? 0 : outputBytes(o, dims))));
+    this.bytes = flow.graph.blocks.map((b) => ofProgram[b.program]!);
+    this.most = Math.max(...ofProgram.map((list) => list.length));
     for (const pass of passes) this.touch(pass);
     if (policy.boundary !== "host" && policy.boundary !== "disk") return;
     for (const value of this.values.values()) this.planMoves(value);
@@ -72,8 +80,7 @@ export class Boundaries {
       const source = this.flow.gradientSource(block, i);
       const p = source === null ? -1 : this.at("dx", source.block, source.output, microBatch);
       const first =
-        source === null ||
-        this.values.get(id("dx", source.block, source.output, microBatch))!.touches[0]!.index === index;
+        source === null || this.find("dx", source.block, source.output, microBatch)!.touches[0]!.index === index;
       add.push(!first || (p >= 0 && dIn.includes(p)));
       dIn.push(p);
     }
@@ -84,11 +91,11 @@ export class Boundaries {
   before(pass: number): void {
     const { buffers } = this.emitter;
     for (const value of this.loads[pass] ?? []) {
-      value.staging = buffers.transient("host", this.sizeOf(value), "small");
+      value.staging = buffers.transient("host", value.bytes, "small");
       this.copy("load", value, value.home, value.staging);
     }
     for (const value of this.ins[pass] ?? []) {
-      value.here = buffers.transient("device", this.sizeOf(value), "small");
+      value.here = buffers.transient("device", value.bytes, "small");
       this.copy("in", value, this.policy.boundary === "disk" ? value.staging : value.home, value.here);
     }
   }
@@ -97,7 +104,7 @@ export class Boundaries {
   after(pass: number): void {
     const { buffers, position } = this.emitter;
     for (const value of this.outs[pass] ?? []) {
-      const bytes = this.sizeOf(value);
+      const { bytes } = value;
       const { boundary } = this.policy;
       value.home = buffers.transient(boundary as "host" | "disk", bytes, "small");
       if (boundary === "disk") {
@@ -112,7 +119,7 @@ export class Boundaries {
   }
 
   private at(kind: "x" | "dx", block: number, output: number, microBatch: number): P {
-    const value = this.values.get(id(kind, block, output, microBatch));
+    const value = this.find(kind, block, output, microBatch);
     if (value === undefined) return -1;
     if (value.here < 0) {
       const { buffers } = this.emitter;
@@ -120,21 +127,25 @@ export class Boundaries {
       value.here =
         this.policy.boundary === "slot"
           ? buffers.transient("slot", 0, "small", `${o.dtype} ${o.shape.join(",")}`)
-          : buffers.transient("device", this.sizeOf(value), "small");
+          : buffers.transient("device", value.bytes, "small");
     }
     return value.here;
+  }
+
+  private find(kind: "x" | "dx", block: number, output: number, microBatch: number): Value | undefined {
+    return this.values.get(this.id(kind, block, output, microBatch));
   }
 
   private touch(pass: Pass): void {
     const { block, microBatch, op } = pass;
     const { flow } = this;
     const see = (kind: "x" | "dx", b: number, output: number, create: boolean) => {
-      const key = id(kind, b, output, microBatch);
+      const key = this.id(kind, b, output, microBatch);
       let value = this.values.get(key);
       if (value === undefined) {
         if (!create) return;
         const operand = { kind, block: b, output, microBatch };
-        value = { operand, touches: [], here: -1, home: -1, staging: -1 };
+        value = { operand, bytes: this.bytes[b]![output]!, touches: [], here: -1, home: -1, staging: -1 };
         this.values.set(key, value);
       }
       value.touches.push(pass);
@@ -168,25 +179,20 @@ export class Boundaries {
   }
 
   private copy(queue: CopyQueue, value: Value, from: P, to: P): void {
-    this.emitter.copy(queue, value.operand, from, to, 0, this.sizeOf(value));
+    this.emitter.copy(queue, value.operand, from, to, 0, value.bytes);
   }
 
-  private sizeOf({ operand }: Value): number {
-    const o = this.flow.programs[operand.block]!.outputs[operand.output]!;
-    return this.bytesOf(o.dtype, o.shape);
-  }
-
-  private bytesOf(dtype: DType, shape: Dim[]): number {
-    const key = `${dtype} ${shape.join(",")}`;
-    let bytes = this.bytes.get(key);
-    if (bytes === undefined) {
-      const elements = shape.reduce<number>((n, d) => n * evaluate(d, this.policy.dims!), 1);
-      bytes = Math.max(PAGE, roundUp(elements * dtypeBytes(dtype), PAGE));
-      this.bytes.set(key, bytes);
-    }
-    return bytes;
+  private id(kind: "x" | "dx", block: number, output: number, microBatch: number): number {
+    const { blocks } = this.flow.graph;
+    return ((microBatch * this.most + output) * blocks.length + block) * 2 + (kind === "x" ? 0 : 1);
   }
 }
 
-const id = (kind: "x" | "dx", block: number, output: number, microBatch: number): string =>
-  `${kind} ${block} ${output} ${microBatch}`;
+const outputBytes = ({ dtype, shape }: ProgramOutput, dims: Record<string, number>): number =>
+  Math.max(
+    PAGE,
+    roundUp(
+      shape.reduce<number>((n, d) => n * evaluate(d, dims), dtypeBytes(dtype)),
+      PAGE,
+    ),
+  );

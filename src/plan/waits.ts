@@ -9,48 +9,48 @@ import type { Instruction, P, Place, Queue, Space } from "./types.js";
 export const QUEUES: readonly Queue[] = ["compute", "in", "out", "load", "save"];
 export const queueOf = (i: Instruction): Queue => (i.op === "copy" ? i.queue : "compute");
 
+type See = (p: P, writes: boolean, at: number, bytes: number) => void;
+
+function each(list: readonly P[], writes: boolean, places: readonly Place[], see: See): void {
+  for (const p of list) whole(p, writes, places, see);
+}
+
+function whole(p: P, writes: boolean, places: readonly Place[], see: See): void {
+  if (p >= 0) see(p, writes, 0, places[p]!.bytes);
+}
+
 /** Calls `see` for every place that an instruction touches, with the bytes of it; what it adds to counts as written. */
-export function accesses(
-  i: Instruction,
-  places: readonly Place[],
-  see: (p: P, writes: boolean, at: number, bytes: number) => void,
-): void {
-  const whole = (p: P, writes: boolean) => {
-    if (p >= 0) see(p, writes, 0, places[p]!.bytes);
-  };
-  const each = (list: readonly P[], writes: boolean) => {
-    for (const p of list) whole(p, writes);
-  };
+export function accesses(i: Instruction, places: readonly Place[], see: See): void {
   switch (i.op) {
     case "forward":
-      each(i.params, false);
-      each(i.in, false);
-      each(i.out, true);
+      each(i.params, false, places, see);
+      each(i.in, false, places, see);
+      each(i.out, true, places, see);
       break;
     case "turn":
     case "backward":
-      each(i.params, false);
-      each(i.in, false);
-      if (i.op === "backward") each(i.dOut, false);
-      each(i.dIn, true);
-      whole(i.sums, true);
+      each(i.params, false, places, see);
+      each(i.in, false, places, see);
+      if (i.op === "backward") each(i.dOut, false, places, see);
+      each(i.dIn, true, places, see);
+      whole(i.sums, true, places, see);
       break;
     case "cast":
-      whole(i.from, false);
-      whole(i.to, true);
+      whole(i.from, false, places, see);
+      whole(i.to, true, places, see);
       break;
     case "norm":
-      // Tied uses are added into the first user's sums.
-      for (const [j, p] of i.sums.entries()) whole(p, j === 0);
+      // Tied uses are added into sums of the first user.
+      each(i.sums, true, places, see);
       break;
     case "pack":
-      each(i.sums, false);
-      whole(i.to, true);
+      each(i.sums, false, places, see);
+      whole(i.to, true, places, see);
       break;
     case "update":
-      whole(i.param, true);
-      whole(i.state, true);
-      each(i.grad, false);
+      whole(i.param, true, places, see);
+      whole(i.state, true, places, see);
+      each(i.grad, false, places, see);
       break;
     case "copy":
       see(i.from, false, i.at, i.bytes);
@@ -84,23 +84,25 @@ export function deriveWaits(instructions: readonly Instruction[], places: readon
       if (writes) spaces[space].write(start, end, i, queue, needed);
       else spaces[space].read(start, end, i, queue, needed);
     });
-    const clock = clocks.subarray(i * Q, i * Q + Q);
-    const learn = (from: number) => {
-      for (let q = 0; q < Q; q++) clock[q] = Math.max(clock[q]!, clocks[from * Q + q]!);
-    };
-    if (latest[queue]! >= 0) learn(latest[queue]!);
-    // Only a later instruction can imply an earlier one: taken from the latest down, none is redundant.
-    const candidates = [...needed.keys()].filter((q) => q !== queue && needed[q]! > clock[q]!);
-    candidates.sort((a, b) => needed[b]! - needed[a]!);
+    const clock = i * Q;
+    if (latest[queue]! >= 0) learn(clocks, clock, latest[queue]! * Q);
     instruction.waits = [];
-    for (const q of candidates) {
-      if (needed[q]! <= clock[q]!) continue;
-      instruction.waits.push(needed[q]!);
-      learn(needed[q]!);
+    // Only a later instruction can imply an earlier one: taken from the latest down, none is redundant.
+    for (;;) {
+      let wait = -1;
+      for (let q = 0; q < Q; q++) if (q !== queue && needed[q]! > clocks[clock + q]!) wait = Math.max(wait, needed[q]!);
+      if (wait < 0) break;
+      instruction.waits.push(wait);
+      learn(clocks, clock, wait * Q);
     }
-    clock[queue] = i;
+    clocks[clock + queue] = i;
     latest[queue] = i;
   }
+}
+
+/** What has completed at `from` has completed at `to`. */
+function learn(clocks: Int32Array, to: number, from: number): void {
+  for (let q = 0; q < QUEUES.length; q++) clocks[to + q] = Math.max(clocks[to + q]!, clocks[from + q]!);
 }
 
 interface Range {
@@ -109,7 +111,7 @@ interface Range {
   writer: number;
   writerQueue: number;
   /** Last reader on each queue since the write; null: none. */
-  readers: Int32Array | null;
+  readers: number[] | null;
 }
 
 /** Disjoint ranges of one arena in order of address, each with its last write and the reads since. */
@@ -127,7 +129,7 @@ class Ranges {
         this.list.splice(k, 0, range);
       }
       needed[range.writerQueue] = Math.max(needed[range.writerQueue]!, range.writer);
-      range.readers ??= new Int32Array(QUEUES.length).fill(-1);
+      range.readers ??= QUEUES.map(() => -1);
       range.readers[queue] = i;
       at = range.end;
       k++;

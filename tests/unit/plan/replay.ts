@@ -152,6 +152,7 @@ export class Machine {
         break;
       }
       case "cast":
+        this.write(this.places[i.to]!, "torn");
         this.write(this.places[i.to]!, this.parameters(i.block, this.places[i.from]!));
         break;
       case "coefficient":
@@ -163,6 +164,7 @@ export class Machine {
         this.norms.set(`${i.block}`, this.sumUses(i.block, i.sums));
         break;
       case "pack":
+        this.write(this.places[i.to]!, "torn");
         this.write(this.places[i.to]!, this.gradient(i.block, i.sums));
         break;
       case "update":
@@ -196,6 +198,9 @@ export class Machine {
 
   private pass(tape: Tape, i: Extract<Instruction, { op: "forward" | "turn" | "backward" }>, step: number): void {
     const { block, microBatch } = i;
+    // What it overwrites is torn from its first moment on: nothing may be read from there.
+    const written = i.op === "forward" ? i.out : [...i.dIn.filter((_, j) => !i.add[j]), ...(i.first ? [i.sums] : [])];
+    for (const p of written) if (p >= 0) this.write(this.places[p]!, "torn");
     const params = ownersOf(this.graph, block).map((o, j) => {
       const place = this.places[i.params[j]!]!;
       return this.layouts[o]!.computeBytes > 0 ? this.read(place) : this.parameters(o, place);

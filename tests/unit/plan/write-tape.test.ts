@@ -5,52 +5,10 @@ import { PAGE } from "../../../src/plan/layout.js";
 import { residentPolicy } from "../../../src/plan/planner.js";
 import type { Place, Tape } from "../../../src/plan/types.js";
 import { queueOf } from "../../../src/plan/waits.js";
-import { type Policy, type Space3, writeTape } from "../../../src/plan/write-tape.js";
-import { randomGraph } from "../../support/random-graph.js";
-import { random, randomModel } from "../../support/random-models.js";
+import { type Policy, writeTape } from "../../../src/plan/write-tape.js";
+import { random } from "../../support/random-models.js";
+import { graphs, policies } from "./random-policies.js";
 import { Machine, type Outcome } from "./replay.js";
-
-const graphs: fc.Arbitrary<Graph> = fc.oneof(
-  { weight: 2, arbitrary: randomGraph },
-  { weight: 1, arbitrary: fc.nat(1000).map((seed) => randomModel(seed).graph) },
-);
-const dims = { B: 2, T: 3 };
-
-/** A home for each block, the same whenever asked. */
-const homes: fc.Arbitrary<Policy["param"]> = fc.oneof(
-  fc.constantFrom<Space3>("device", "host", "disk"),
-  fc
-    .array(fc.constantFrom<Space3>("device", "host", "disk"), { minLength: 1, maxLength: 5 })
-    .map((list) => (b: number) => list[b % list.length]!),
-);
-
-/** Policies that make sense, of every kind. */
-const policies: fc.Arbitrary<Policy> = fc
-  .record<Policy>({
-    schedule: fc.constantFrom("depthFirst", "breadthFirst", "breadthFirst"),
-    recompute: fc.constantFrom("all", "all", "none"),
-    update: fc.constantFrom("end", "backward", "forward"),
-    clip: fc.constantFrom("none", "block", "global"),
-    state: fc.constantFrom<Policy["state"]>(
-      { storage: "float32", masterWeight: "none", optimizer: "adamw" },
-      { storage: "bfloat16", masterWeight: "split16", optimizer: "adamw8bit" },
-    ),
-    microBatches: fc.integer({ min: 1, max: 5 }),
-    dims: fc.constant(dims),
-    param: homes,
-    optimizer: homes,
-    boundary: fc.constantFrom("slot", "device", "host", "disk"),
-    retained: homes,
-    retainedDType: fc.constantFrom("float32", "bfloat16", "dynamic8"),
-    prefetch: fc.integer({ min: 0, max: 2 }),
-    parts: fc.integer({ min: 1, max: 4 }),
-  })
-  .map((p) => ({
-    ...p,
-    clip: p.update === "backward" && p.clip === "global" ? "block" : p.clip,
-    param: p.recompute === "none" ? "device" : p.param,
-    boundary: p.recompute === "none" && p.boundary !== "slot" ? "device" : p.boundary,
-  }));
 
 /** Several steps of unequal size, and what a last flush leaves. */
 function play(graph: Graph, policy: Policy, sizes: readonly number[], order?: (t: Tape) => number[]): Outcome {
