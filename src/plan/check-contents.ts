@@ -1,0 +1,443 @@
+/**
+ * What the bytes of every arena hold while a tape is played: which operand, in which version, at which offset inside
+ * it, written by which instruction. A copy moves such pieces; a reader demands that its place holds one operand whole.
+ *
+ * Versions: param, state and compute count updates; x and retained carry the step that made them; dx and sums also how
+ * many contributions they hold (in the one order allowed, so the number says which). The part of param behind its
+ * trainable bytes never changes and has a version of its own.
+ */
+import { type Facts, nameOf, type Op, type Pass, refuse, showPlace } from "./check-facts.js";
+import { RETAINED_DTYPES } from "./check-form.js";
+import { Intervals } from "./intervals.js";
+import type { Instruction, Operand, Place, Space, Tape } from "./types.js";
+
+type Kind = Operand["kind"] | "compute" | "sums";
+const KINDS: readonly Kind[] = ["param", "state", "compute", "sums", "retained", "x", "dx"];
+
+interface Content {
+  /** Of the operand: operandId. */
+  id: number;
+  version: number;
+  /** Where in the arena byte 0 of the operand would stand. */
+  base: number;
+  /** Instructions that ran before the one that wrote it, in all tapes. */
+  written: number;
+}
+
+/** Version of what no update touches. */
+const FROZEN = -1;
+/** Steps count above it, contributions below. */
+const STEP = 2 ** 24;
+
+/** Memory between tapes. Play step tapes and flushes in the order in which a session would. */
+export class Memory {
+  private readonly arenas: Record<Space, Intervals<Content>> = {
+    device: new Intervals(),
+    host: new Intervals(),
+    disk: new Intervals(),
+    slot: new Intervals(),
+  };
+  private readonly outputOffsets: number[] = [];
+  private readonly boundaries: number;
+
+  private tape!: Tape;
+  private boundaryBytes: number[][] = [];
+  private at = 0;
+  private ran = 0;
+  private step = 0;
+  /** Whether the step before left updates to carry out. */
+  private pending = false;
+  /** Updates that every trained block had seen when the tape began, and that its passes demand. */
+  private entered = 0;
+  private demanded = 0;
+
+  private forwards = new Set<number>();
+  private backwards = new Set<number>();
+  private kept = new Map<number, { at: number; params: string; in: string }>();
+  private summed: number[] = [];
+  private norms = new Set<number>();
+  private packed = new Set<number>();
+  private updated = new Set<number>();
+  private closed = false;
+
+  /** microBatches: the most of any tape that will be played. */
+  constructor(
+    private readonly facts: Facts,
+    home: Tape["placement"],
+    private readonly microBatches: number,
+  ) {
+    let outputs = 0;
+    for (const list of facts.isRead) {
+      this.outputOffsets.push(outputs);
+      outputs += list.length;
+    }
+    this.boundaries = outputs * microBatches;
+    for (const [b, { param, state }] of home.homes.entries()) {
+      if (param !== null) this.putParam(b, param, 0, -1);
+      if (state !== null) this.put("state", b, state, 0, -1);
+    }
+  }
+
+  /** Throws TAPE for the first instruction that works on anything but its operands, or for what the end lacks. */
+  play(tape: Tape): void {
+    this.tape = tape;
+    this.boundaryBytes = this.facts.boundaryBytes(tape.dims);
+    const forward = tape.update === "forward";
+    this.demanded = this.entered + (forward && this.pending ? 1 : 0);
+    this.forwards = new Set();
+    this.backwards = new Set();
+    this.kept = new Map();
+    this.summed = this.facts.layouts.map(() => 0);
+    this.norms = new Set();
+    this.packed = new Set();
+    this.updated = new Set();
+    this.closed = false;
+    for (const [at, instruction] of tape.instructions.entries()) {
+      this.at = at;
+      this.run(instruction);
+      this.ran++;
+    }
+    this.at = tape.instructions.length;
+    const final = forward ? this.demanded : this.entered + 1;
+    this.end(final);
+    this.entered = final;
+    this.pending = forward && tape.kind === "step";
+    this.step++;
+  }
+
+  private run(i: Instruction): void {
+    if (this.tape.kind === "flush" && i.op !== "update" && i.op !== "copy" && i.op !== "cast")
+      this.fail("a flush only updates");
+    switch (i.op) {
+      case "forward":
+        this.forward(i);
+        break;
+      case "turn":
+      case "backward":
+        this.backward(i);
+        break;
+      case "cast":
+        this.cast(i);
+        break;
+      case "norm":
+        this.once(this.norms, i.block, `takes the norm of block ${i.block} again`);
+        this.demandSums(i.block, "sums", i.sums);
+        break;
+      case "coefficient":
+        this.coefficient();
+        break;
+      case "pack":
+        this.pack(i);
+        break;
+      case "update":
+        this.update(i);
+        break;
+      case "copy":
+        this.copy(i);
+        break;
+    }
+  }
+
+  private forward(i: Op<"forward">): void {
+    const { block, microBatch } = i;
+    const pass = this.passId(i);
+    this.once(this.forwards, pass, "runs again");
+    this.demandInputs(i);
+    for (const [o, p] of i.out.entries())
+      if (p !== -1) this.put("x", this.boundary(block, o, microBatch), this.tape.places[p]!, this.step);
+    if (i.keep) this.kept.set(pass, { at: this.ran, params: i.params.join(), in: i.in.join() });
+  }
+
+  private backward(i: Op<"turn" | "backward">): void {
+    const { block, microBatch } = i;
+    const pass = this.passId(i);
+    this.once(this.backwards, pass, "runs again");
+    this.demandInputs(i);
+    if (i.op === "backward") {
+      if (!this.forwards.has(pass)) this.fail("runs before its forward");
+      if (this.tape.recompute === "none") this.demandKept(i);
+      for (const [o, p] of i.dOut.entries()) {
+        if (p === -1) continue;
+        const whole = this.counted(this.facts.contributors[block]![o]!.length);
+        this.demand(`dOut ${o}`, p, "dx", this.boundary(block, o, microBatch), whole, this.boundaryBytes[block]![o]!);
+      }
+    }
+    for (const [k, p] of i.dIn.entries()) {
+      const source = this.facts.graph.blocks[block]!.inputs[k]!;
+      if (p === -1 || !("block" in source)) continue;
+      const index = this.facts.contribution(block, k)!.index;
+      const operand = this.boundary(source.block, source.output, microBatch);
+      if (i.add[k])
+        this.demand(
+          `dIn ${k}`,
+          p,
+          "dx",
+          operand,
+          this.counted(index),
+          this.boundaryBytes[source.block]![source.output]!,
+        );
+      this.put("dx", operand, this.tape.places[p]!, this.counted(index + 1));
+    }
+    const summed = this.summed[block]!++;
+    if (summed !== microBatch)
+      this.fail(`adds micro-batch ${microBatch} to sums of block ${block}, which have seen ${summed}`);
+    if (i.sums === -1) return;
+    if (!i.first) this.demand("sums", i.sums, "sums", block, this.counted(summed));
+    this.put("sums", block, this.tape.places[i.sums]!, this.counted(summed + 1));
+  }
+
+  /** Parameters of the step's version, and the boundaries that the pass reads. */
+  private demandInputs(i: Pass): void {
+    for (const [k, owner] of this.facts.owners[i.block]!.entries()) {
+      const version = this.facts.trains(owner) ? this.demanded : FROZEN;
+      if (this.facts.layouts[owner]!.computeBytes > 0)
+        this.demand(`params ${k}`, i.params[k]!, "compute", owner, version);
+      else this.demandParam(`params ${k}`, i.params[k]!, owner, this.demanded);
+    }
+    for (const [k, source] of this.facts.graph.blocks[i.block]!.inputs.entries()) {
+      if (!("block" in source)) continue;
+      const { block, output } = source;
+      const operand = this.boundary(block, output, i.microBatch);
+      this.demand(`in ${k}`, i.in[k]!, "x", operand, this.step, this.boundaryBytes[block]![output]!);
+    }
+  }
+
+  /** An autograd graph holds views of the places that its forward read: nothing may have written them since. */
+  private demandKept(i: Op<"backward">): void {
+    const kept = this.kept.get(this.passId(i))!;
+    if (kept.params !== i.params.join() || kept.in !== i.in.join())
+      this.fail("names other places than the forward whose graph it goes back through");
+    for (const p of [...i.params, ...i.in]) {
+      if (p === -1) continue;
+      const { space, offset, bytes } = this.tape.places[p]!;
+      this.arenas[space].each(offset, offset + (space === "slot" ? 1 : bytes), (content) => {
+        if (content !== undefined && content.written >= kept.at)
+          this.fail(`${showPlace(this.tape, p)} was written after the forward whose graph still reads it`);
+      });
+    }
+  }
+
+  private cast(i: Op<"cast">): void {
+    const { offset } = this.tape.places[i.from]!;
+    let version = FROZEN;
+    this.arenas.device.each(offset, offset + 1, (content) => {
+      version = content?.version ?? FROZEN;
+    });
+    this.demandParam("from", i.from, i.block, version);
+    this.put("compute", i.block, this.tape.places[i.to]!, version);
+  }
+
+  private coefficient(): void {
+    if (this.closed) this.fail("closes the step again");
+    for (const b of this.facts.layouts.keys()) {
+      if (this.facts.trains(b) && !this.norms.has(b)) this.fail(`closes the step without the norm of block ${b}`);
+      if (this.facts.losses.has(b) && this.summed[b] !== this.tape.microBatches)
+        this.fail(`closes the step without all losses of block ${b}`);
+    }
+    this.closed = true;
+  }
+
+  private pack(i: Op<"pack">): void {
+    if (this.tape.update !== "forward") this.fail(`retains a gradient; update is "${this.tape.update}"`);
+    if (!this.norms.has(i.block)) this.fail("packs a gradient before its norm");
+    this.once(this.packed, i.block, "packs again");
+    this.demandSums(i.block, "sums", i.sums);
+    this.put("retained", i.block, this.tape.places[i.to]!, this.retained(this.step, i.dtype));
+  }
+
+  private update(i: Op<"update">): void {
+    const { block } = i;
+    this.once(this.updated, block, "updates again");
+    if (i.from === "sums") {
+      if (!this.norms.has(block)) this.fail("updates before the norm");
+      if (this.tape.clip === "global" && !this.closed)
+        this.fail("updates before the coefficient that it is clipped by");
+      if (this.tape.update === "end") this.demandAllBackwards();
+      this.demandSums(block, "grad", i.grad);
+    } else {
+      if (this.closed) this.fail("updates after the record of its step was closed over by the next");
+      if (!this.pending) return;
+      this.demand("grad 0", i.grad[0]!, "retained", block, this.retained(this.step - 1, i.dtype));
+    }
+    const trainable = this.facts.layouts[block]!.trainableBytes;
+    const param = this.tape.places[i.param]!;
+    this.demand("param", i.param, "param", block, this.entered, trainable);
+    this.demand("state", i.state, "state", block, this.entered);
+    this.put("param", block, { ...param, bytes: trainable }, this.entered + 1);
+    this.put("state", block, this.tape.places[i.state]!, this.entered + 1);
+  }
+
+  private copy(i: Op<"copy">): void {
+    const from = this.tape.places[i.from]!;
+    const to = this.tape.places[i.to]!;
+    const { kind, block } = i.operand;
+    const operand = "output" in i.operand ? this.boundary(block, i.operand.output, i.operand.microBatch) : block;
+    // Where nothing is pending, nothing was retained; its copies move whatever lies there.
+    if (kind !== "retained" || this.pending || this.packed.has(block))
+      this.demand("from", i.from, kind, operand, null, i.bytes, i.at);
+    const start = from.offset + i.at;
+    const pieces: [number, number, Content | undefined][] = [];
+    this.arenas[from.space].each(start, start + i.bytes, (content, a, b) => {
+      pieces.push([a, b, content]);
+    });
+    const shift = to.offset - from.offset;
+    for (const [a, b, content] of pieces) {
+      const moved = content && { ...content, base: content.base + shift, written: this.ran };
+      this.arenas[to.space].set(a + shift, b + shift, moved);
+    }
+  }
+
+  private end(final: number): void {
+    const { facts, tape } = this;
+    if (tape.kind === "step") {
+      for (const b of facts.layouts.keys()) {
+        for (let m = 0; m < tape.microBatches; m++) {
+          const pass = b * this.microBatches + m;
+          if (!facts.losses.has(b) && !this.forwards.has(pass))
+            this.fail(`lacks the forward of block ${b}, micro-batch ${m}`);
+          if (facts.needsBackward[b] && !this.backwards.has(pass))
+            this.fail(`lacks the backward of block ${b}, micro-batch ${m}`);
+        }
+        if (tape.update === "forward" && facts.trains(b) && !this.packed.has(b))
+          this.fail(`lacks the pack of block ${b}`);
+      }
+      if (!this.closed) this.fail("lacks the coefficient");
+    }
+    for (const [b, { param, state }] of tape.placement.homes.entries()) {
+      if (facts.trains(b) && !this.updated.has(b)) this.fail(`lacks the update of block ${b}`);
+      const { trainableBytes, paramBytes } = facts.layouts[b]!;
+      const home = `home of block ${b}`;
+      if (param !== null) {
+        this.demandAt(home, param, "param", b, final, 0, trainableBytes);
+        this.demandAt(home, param, "param", b, FROZEN, trainableBytes, paramBytes);
+      }
+      if (state !== null) this.demandAt(home, state, "state", b, final, 0, state.bytes);
+    }
+  }
+
+  private demandAllBackwards(): void {
+    for (const [b, needed] of this.facts.needsBackward.entries())
+      if (needed && this.summed[b] !== this.tape.microBatches) this.fail(`updates before all backwards of block ${b}`);
+  }
+
+  private demandSums(block: number, what: string, list: readonly number[]): void {
+    for (const [k, user] of this.facts.users[block]!.entries())
+      this.demand(`${what} ${k}`, list[k]!, "sums", user, this.counted(this.tape.microBatches));
+  }
+
+  private demandParam(what: string, p: number, block: number, version: number): void {
+    const { trainableBytes, paramBytes } = this.facts.layouts[block]!;
+    const place = this.tape.places[p]!;
+    this.demandAt(what, place, "param", block, version, 0, trainableBytes);
+    this.demandAt(what, place, "param", block, FROZEN, trainableBytes, paramBytes);
+  }
+
+  /** Bytes [at, at + bytes) of the place are those of the operand; version null: each in any. */
+  private demand(
+    what: string,
+    p: number,
+    kind: Kind,
+    operand: number,
+    version: number | null,
+    bytes = this.tape.places[p]!.bytes,
+    at = 0,
+  ): void {
+    this.demandAt(what, this.tape.places[p]!, kind, operand, version, at, at + bytes);
+  }
+
+  private demandAt(
+    what: string,
+    place: Place,
+    kind: Kind,
+    operand: number,
+    version: number | null,
+    from: number,
+    to: number,
+  ): void {
+    if (from === to && place.space !== "slot") return;
+    const { space, offset } = place;
+    const id = this.operandId(kind, operand);
+    const [start, end] = space === "slot" ? [offset, offset + 1] : [offset + from, offset + to];
+    this.arenas[space].each(start, end, (content, a, b) => {
+      const good =
+        content !== undefined &&
+        content.id === id &&
+        content.base === offset &&
+        (version === null || content.version === version);
+      if (good) return;
+      const where = space === "slot" ? `slot ${offset}` : `${space} ${a}..${b}`;
+      const shift = content === undefined || content.base === offset ? "" : ` from its byte ${a - content.base} on`;
+      const wanted = this.show(id, version) + (shift === "" ? "" : ` from its byte ${a - offset} on`);
+      const held = content === undefined ? "nothing" : this.show(content.id, content.version) + shift;
+      this.fail(`${what}: ${where} holds ${held}, expected ${wanted}`);
+    });
+  }
+
+  private put(kind: Kind, operand: number, place: Place, version: number, written = this.ran): void {
+    const { space, offset, bytes } = place;
+    if (space !== "slot" && bytes === 0) return;
+    const content = { id: this.operandId(kind, operand), version, base: offset, written };
+    this.arenas[space].set(offset, offset + (space === "slot" ? 1 : bytes), content);
+  }
+
+  private putParam(block: number, place: Place, version: number, written: number): void {
+    this.put("param", block, place, FROZEN, written);
+    this.put("param", block, { ...place, bytes: this.facts.layouts[block]!.trainableBytes }, version, written);
+  }
+
+  private once(done: Set<number>, id: number, again: string): void {
+    if (done.has(id)) this.fail(again);
+    done.add(id);
+  }
+
+  private passId(i: Pass): number {
+    return i.block * this.microBatches + i.microBatch;
+  }
+
+  private boundary(block: number, output: number, microBatch: number): number {
+    return (this.outputOffsets[block]! + output) * this.microBatches + microBatch;
+  }
+
+  private operandId(kind: Kind, operand: number): number {
+    const k = KINDS.indexOf(kind);
+    const blocks = this.facts.layouts.length;
+    return kind === "dx" ? 5 * blocks + this.boundaries + operand : k * blocks + operand;
+  }
+
+  private counted(contributions: number): number {
+    return this.step * STEP + contributions;
+  }
+
+  private retained(step: number, dtype: Op<"pack">["dtype"]): number {
+    return step * STEP + RETAINED_DTYPES.indexOf(dtype);
+  }
+
+  /** e.g. "dx(3, 0, 1) with 1 of its 2 contributions". */
+  private show(id: number, version: number | null): string {
+    const blocks = this.facts.layouts.length;
+    const kind = KINDS[Math.min(Math.floor(id / blocks), id < 5 * blocks + this.boundaries ? 5 : 6)]!;
+    const steps = (step: number) => (step === this.step ? "" : " of an earlier step");
+    const step = version === null ? this.step : Math.floor(version / STEP);
+    const count = version === null ? 0 : version % STEP;
+    if (kind === "x" || kind === "dx") {
+      const operand = id - 5 * blocks - (kind === "dx" ? this.boundaries : 0);
+      const output = Math.floor(operand / this.microBatches);
+      const block = this.outputOffsets.findLastIndex((first) => first <= output);
+      const microBatch = operand % this.microBatches;
+      const name = nameOf({ kind, block, output: output - this.outputOffsets[block]!, microBatch });
+      if (version === null) return name;
+      if (kind === "x") return name + steps(version);
+      const of = this.facts.contributors[block]![output - this.outputOffsets[block]!]!.length;
+      return `${name} with ${count} of its ${of} contributions${steps(step)}`;
+    }
+    const name = `${kind}(${id % blocks})`;
+    if (version === null) return name;
+    if (kind === "sums") return `${name} of ${count} micro-batches${steps(step)}`;
+    if (kind === "retained") return `${name} in ${RETAINED_DTYPES[count]} of step ${step} (this is step ${this.step})`;
+    return version === FROZEN ? `the frozen part of ${name}` : `${name} after ${version} updates`;
+  }
+
+  private fail(why: string): never {
+    refuse(this.tape, this.at, why);
+  }
+}

@@ -1,0 +1,321 @@
+/**
+ * The form of a tape: every place lies inside its arena, aligned; every operand is there exactly where the graph has one,
+ * in a space that the operation works on and of the size that layout.ts gives it. What the places hold is not asked here.
+ */
+import type { Graph } from "../graph/types.js";
+import { type Facts, type Op, type Pass, refuse, showPlace, showRange } from "./check-facts.js";
+import { PAGE, PLACE_ALIGN } from "./layout.js";
+import type { CopyQueue, Instruction, Operand, Place, RetainedDType, Space, Tape } from "./types.js";
+
+const WORDS = {
+  kind: ["step", "flush"],
+  schedule: ["depthFirst", "breadthFirst"],
+  recompute: ["all", "none"],
+  update: ["end", "backward", "forward"],
+  clip: ["none", "block", "global"],
+} as const;
+export const RETAINED_DTYPES: readonly RetainedDType[] = ["float32", "float64", "bfloat16", "dynamic8"];
+const ROUTES: Record<CopyQueue, [from: Space, to: Space]> = {
+  in: ["host", "device"],
+  out: ["device", "host"],
+  load: ["disk", "host"],
+  save: ["host", "disk"],
+};
+
+const isCount = (n: unknown, least = 0): n is number => Number.isSafeInteger(n) && (n as number) >= least;
+
+/** Before anything else of the tape is read. */
+export function checkHeader(graph: Graph, tape: Tape): void {
+  if (tape?.format !== "stromatolite.tape" || tape.version !== 2 || !Array.isArray(tape.instructions))
+    refuse({ instructions: [] as Instruction[] } as Tape, -1, "is not a stromatolite tape of version 2");
+  if (graph.mode !== "train") refuse(tape, -1, `expected a graph in train mode, got ${graph.mode}`);
+  for (const [field, words] of Object.entries(WORDS)) {
+    const word = tape[field as keyof typeof WORDS];
+    if (!(words as readonly string[]).includes(word))
+      refuse(tape, -1, `expected ${field} to be one of ${words.join(", ")}, got ${word}`);
+  }
+  const least = tape.kind === "step" ? 1 : 0;
+  if (!isCount(tape.microBatches, least) || (tape.kind === "flush" && tape.microBatches !== 0))
+    refuse(tape, -1, `microBatches of a ${tape.kind} is ${tape.microBatches}`);
+  const { deviceBytes, hostBytes, diskBytes } = tape.placement.arenas;
+  for (const [name, n] of Object.entries({ slots: tape.slots, deviceBytes, hostBytes, diskBytes }))
+    if (!isCount(n)) refuse(tape, -1, `${name} is ${n}`);
+  if (tape.kind === "flush" && tape.update !== "forward")
+    refuse(tape, -1, `a flush is for update "forward", not "${tape.update}"`);
+}
+
+export function checkForm(facts: Facts, tape: Tape): void {
+  new Form(facts, tape).run();
+}
+
+class Form {
+  private at = -1;
+  private readonly boundaryBytes: number[][];
+
+  constructor(
+    private readonly facts: Facts,
+    private readonly tape: Tape,
+  ) {
+    this.boundaryBytes = facts.boundaryBytes(tape.dims);
+  }
+
+  run(): void {
+    for (const [p, place] of this.tape.places.entries()) this.inArena(place, `place ${p}`);
+    this.homes();
+    for (const [at, instruction] of this.tape.instructions.entries()) {
+      this.at = at;
+      this.instruction(instruction);
+      this.waits(instruction);
+    }
+  }
+
+  private inArena(place: Place, what: string): void {
+    const { deviceBytes, hostBytes, diskBytes } = this.tape.placement.arenas;
+    const ends: Record<Space, number> = {
+      device: deviceBytes,
+      host: hostBytes,
+      disk: diskBytes,
+      slot: this.tape.slots,
+    };
+    const end = ends[place.space];
+    const slot = place.space === "slot";
+    if (end === undefined || !isCount(place.offset) || !isCount(place.bytes, slot ? 0 : 1))
+      this.fail(`${what} is ${JSON.stringify(place)}`);
+    if (slot ? place.bytes !== 0 || place.offset >= end : place.offset + place.bytes > end)
+      this.fail(`${what} (${showRange(place)}) ends beyond its ${slot ? "slots" : "arena"}, which has ${end}`);
+    const unit = place.space === "disk" ? PAGE : PLACE_ALIGN;
+    if (!slot && place.offset % unit !== 0) this.fail(`${what} (${showRange(place)}) is not on a multiple of ${unit}`);
+  }
+
+  private homes(): void {
+    const { homes } = this.tape.placement;
+    this.count("homes", homes, this.facts.layouts.length);
+    const taken: Place[] = [];
+    for (const [b, layout] of this.facts.layouts.entries()) {
+      for (const kind of ["param", "state"] as const) {
+        const home = homes[b]![kind];
+        const bytes = layout[`${kind}Bytes`];
+        const what = `home of ${kind}(${b})`;
+        if ((home === null) !== (bytes === 0) || (home !== null && home.bytes !== bytes))
+          this.fail(`${what} has ${home?.bytes ?? "no"} bytes, expected ${bytes}`);
+        if (home === null) continue;
+        this.inArena(home, what);
+        if (home.space === "slot") this.fail(`${what} is a slot`);
+        taken.push(home);
+      }
+    }
+    taken.sort((a, b) => (a.space < b.space ? -1 : a.space > b.space ? 1 : a.offset - b.offset));
+    for (const [i, home] of taken.entries()) {
+      const next = taken[i + 1];
+      if (next?.space === home.space && next.offset < home.offset + home.bytes)
+        this.fail(`homes overlap: ${showRange(home)} and ${showRange(next)}`);
+    }
+  }
+
+  private waits({ waits }: Instruction): void {
+    if (!Array.isArray(waits)) this.fail("has no waits");
+    const queue = queueOf(this.tape.instructions[this.at]!);
+    for (const w of waits) {
+      if (!isCount(w) || w >= this.at) this.fail(`waits for ${w}, which does not come before it`);
+      if (queueOf(this.tape.instructions[w]!) === queue) this.fail(`waits for ${w} of its own queue, ${queue}`);
+    }
+  }
+
+  private instruction(i: Instruction): void {
+    if ("block" in i && this.facts.layouts[i.block] === undefined) this.fail(`block ${i.block} does not exist`);
+    const layout = "block" in i ? this.facts.layouts[i.block]! : null;
+    switch (i.op) {
+      case "forward":
+      case "turn":
+      case "backward":
+        this.pass(i);
+        break;
+      case "cast":
+        if (layout!.computeBytes === 0) this.fail(`casts block ${i.block}, which computes in its storage dtype`);
+        this.state("from", i.from, layout!.paramBytes);
+        this.state("to", i.to, layout!.computeBytes);
+        break;
+      case "norm":
+        this.gradient(i.block, "sums", i.sums);
+        break;
+      case "coefficient":
+        break;
+      case "pack":
+        this.gradient(i.block, "sums", i.sums);
+        this.retainedDType(i);
+        this.state("to", i.to, layout!.retainedBytes(i.dtype));
+        break;
+      case "update":
+        this.update(i);
+        break;
+      case "copy":
+        this.copy(i);
+        break;
+      default:
+        this.fail(`${(i as { op: unknown }).op} is no operation`);
+    }
+  }
+
+  private pass(i: Pass): void {
+    const { facts } = this;
+    const { block, microBatch } = i;
+    if (!isCount(microBatch) || microBatch >= this.tape.microBatches)
+      this.fail(`micro-batch ${microBatch} is not one of the step's ${this.tape.microBatches}`);
+    const hasLosses = facts.losses.has(block);
+    if ((i.op === "turn") !== hasLosses) this.fail(`a block ${hasLosses ? "with" : "without"} losses runs as ${i.op}`);
+    this.count("params", i.params, facts.owners[block]!.length);
+    for (const [k, owner] of facts.owners[block]!.entries()) {
+      const { computeBytes, paramBytes } = facts.layouts[owner]!;
+      this.state(`params ${k}`, i.params[k]!, computeBytes || paramBytes);
+    }
+    const { inputs } = facts.graph.blocks[block]!;
+    this.count("in", i.in, inputs.length);
+    for (const [k, source] of inputs.entries()) this.boundary(`in ${k}`, i.in[k]!, "block" in source ? source : null);
+    const { outputs } = facts.program(block);
+    if (i.op === "forward") {
+      this.count("out", i.out, outputs.length);
+      for (const o of outputs.keys())
+        this.boundary(`out ${o}`, i.out[o]!, facts.isRead[block]![o]! ? { block, output: o } : null);
+      const keep = this.tape.recompute === "none" && facts.needsBackward[block]!;
+      if (i.keep !== keep) this.fail(`keep is ${i.keep}; recompute ${this.tape.recompute} wants ${keep}`);
+      return;
+    }
+    if (!facts.needsBackward[block]) this.fail(`block ${block} has no backward`);
+    if (i.op === "backward") {
+      this.count("dOut", i.dOut, outputs.length);
+      for (const o of outputs.keys()) {
+        const flows = facts.contributors[block]![o]!.length > 0;
+        this.boundary(`dOut ${o}`, i.dOut[o]!, flows ? { block, output: o } : null);
+      }
+    }
+    this.count("dIn", i.dIn, inputs.length);
+    this.count("add", i.add, inputs.length);
+    for (const [k, source] of inputs.entries()) {
+      const share = facts.contribution(block, k);
+      this.boundary(`dIn ${k}`, i.dIn[k]!, share !== null && "block" in source ? source : null);
+      const add = share !== null && share.index > 0;
+      if (i.add[k] === add) continue;
+      const which = share === null ? "where no gradient flows" : `as contribution ${share.index + 1} of ${share.of}`;
+      this.fail(`dIn ${k} ${i.add[k] ? "adds" : "overwrites"} ${which}`);
+    }
+    this.state("sums", i.sums, facts.layouts[block]!.sumsBytes);
+    if (i.first !== (microBatch === 0)) this.fail(`first is ${i.first} at micro-batch ${microBatch}`);
+  }
+
+  private update(i: Op<"update">): void {
+    const layout = this.facts.layouts[i.block]!;
+    if (!this.facts.trains(i.block)) this.fail(`block ${i.block} owns no trainable parameter`);
+    this.state("param", i.param, layout.paramBytes);
+    this.state("state", i.state, layout.stateBytes);
+    const from = this.tape.update === "forward" ? "retained" : "sums";
+    if (i.from !== from) this.fail(`takes its gradient from ${i.from}; update ${this.tape.update} wants ${from}`);
+    if (from === "sums") {
+      this.gradient(i.block, "grad", i.grad);
+      return;
+    }
+    this.count("grad", i.grad, 1);
+    this.retainedDType(i);
+    this.state("grad 0", i.grad[0]!, layout.retainedBytes(i.dtype));
+  }
+
+  private copy(i: Op<"copy">): void {
+    const route = ROUTES[i.queue];
+    if (route === undefined) this.fail(`${i.queue} is no copy queue`);
+    this.operand(i.operand);
+    const ends = [i.from, i.to].map((p) => this.place("copy", p));
+    for (const [k, place] of ends.entries()) {
+      const what = k === 0 ? "from" : "to";
+      if (place.space !== route[k]) this.fail(`${what} is on ${place.space}; queue ${i.queue} wants ${route[k]}`);
+      this.holdsOperand(what, [i.from, i.to][k]!, i.operand);
+      const unit = route.includes("disk") ? PAGE : 1;
+      if (place.offset % unit !== 0) this.fail(`${what} (${showRange(place)}) is not on a multiple of ${unit}`);
+      if (!isCount(i.at) || !isCount(i.bytes, 1) || i.at % unit !== 0 || i.bytes % unit !== 0)
+        this.fail(`bytes ${i.at}..${i.at + i.bytes} are no range${unit > 1 ? ` of whole ${unit} bytes` : ""}`);
+      if (i.at + i.bytes > place.bytes)
+        this.fail(`bytes ${i.at}..${i.at + i.bytes} end beyond ${what}, ${showRange(place)}`);
+    }
+  }
+
+  private operand(o: Operand): void {
+    const layout = this.facts.layouts[o?.block];
+    if (layout === undefined) this.fail(`block ${o?.block} does not exist`);
+    if (o.kind === "x" || o.kind === "dx") {
+      const exists = this.facts.isRead[o.block]![o.output];
+      if (!exists || !isCount(o.microBatch) || o.microBatch >= this.tape.microBatches)
+        this.fail("copies a boundary that does not exist");
+    } else if (!["param", "state", "retained"].includes(o.kind))
+      this.fail(`${(o as Operand).kind} is no operand to copy`);
+  }
+
+  /** The place is of the size that the copied operand has. */
+  private holdsOperand(what: string, p: number, o: Operand): void {
+    if (o.kind === "x" || o.kind === "dx") {
+      this.boundary(what, p, o);
+      return;
+    }
+    const layout = this.facts.layouts[o.block]!;
+    const { bytes } = this.tape.places[p]!;
+    const sizes =
+      o.kind === "retained" ? RETAINED_DTYPES.map((d) => layout.retainedBytes(d)) : [layout[`${o.kind}Bytes`]];
+    if (!sizes.includes(bytes)) this.fail(`${what}: ${showPlace(this.tape, p)} is not of size ${sizes.join(" or ")}`);
+  }
+
+  private gradient(block: number, what: string, list: number[]): void {
+    if (!this.facts.trains(block)) this.fail(`block ${block} owns no trainable parameter`);
+    const users = this.facts.users[block]!;
+    this.count(what, list, users.length);
+    for (const [k, user] of users.entries()) this.state(`${what} ${k}`, list[k]!, this.facts.layouts[user]!.sumsBytes);
+  }
+
+  /** A flat buffer on the device; -1 where the operand has no byte. */
+  private state(what: string, p: number, bytes: number): void {
+    if (bytes === 0) {
+      if (p !== -1) this.fail(`${what} has place ${p}, and there is nothing to hold`);
+      return;
+    }
+    const place = this.place(what, p);
+    if (place.space !== "device") this.fail(`${what}: ${showPlace(this.tape, p)} is not on the device`);
+    if (place.bytes !== bytes)
+      this.fail(`${what}: ${showPlace(this.tape, p)} has ${place.bytes} bytes, expected ${bytes}`);
+  }
+
+  /** A boundary or its gradient; null: there is none. */
+  private boundary(what: string, p: number, of: { block: number; output: number } | null): void {
+    if (of === null) {
+      if (p !== -1) this.fail(`${what} has place ${p}, and there is nothing to hold`);
+      return;
+    }
+    const place = this.place(what, p);
+    const copied = this.tape.instructions[this.at]!.op === "copy";
+    if (place.space === "slot" ? copied : this.tape.dims === null)
+      this.fail(
+        `${what}: ${showPlace(this.tape, p)}, ${copied ? "a slot is not copied" : "expected a slot without dims"}`,
+      );
+    if (place.space === "slot") return;
+    if (!copied && place.space !== "device") this.fail(`${what}: ${showPlace(this.tape, p)} is not on the device`);
+    const bytes = this.boundaryBytes[of.block]![of.output]!;
+    if (place.bytes < bytes)
+      this.fail(`${what}: ${showPlace(this.tape, p)} has ${place.bytes} bytes, expected ${bytes}`);
+  }
+
+  private place(what: string, p: number): Place {
+    const place = this.tape.places[p];
+    if (place === undefined) this.fail(`${what}: place ${p} is not one of ${this.tape.places.length}`);
+    return place;
+  }
+
+  private retainedDType({ dtype }: { dtype: RetainedDType }): void {
+    if (!RETAINED_DTYPES.includes(dtype)) this.fail(`${dtype} is no dtype of a retained gradient`);
+  }
+
+  private count(what: string, list: readonly unknown[], expected: number): void {
+    if (!Array.isArray(list) || list.length !== expected)
+      this.fail(`${what} has ${list?.length} entries, expected ${expected}`);
+  }
+
+  private fail(why: string): never {
+    refuse(this.tape, this.at, why);
+  }
+}
+
+export const queueOf = (i: Instruction) => (i.op === "copy" ? i.queue : "compute");
