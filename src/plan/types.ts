@@ -1,52 +1,161 @@
 /**
- * The tape: the schedule of one optimizer step as data. The planner (TypeScript) writes it, the checker proves it, the
- * engine (C++) executes it. Compute instructions stand in their sequential meaning; places are fixed by the planner.
+ * The tape: the schedule of one optimizer step as data. The planner writes it, the checker proves it, the cost model
+ * times it, the engine (C++) executes it, the profiler draws it.
+ *
+ * It is a *sequential* program: what its instructions mean does not depend on queues. Queues (compute and the copy
+ * engines) run beside each other; `waits` are derived from the hazards between places and never written by hand.
  *
  * Operands
- *   x(b, o, m)   boundary: output o of block b for micro-batch m. Lives in a *slot*; the next write of the slot ends it.
- *   dx(b, o, m)  its gradient; lives in a slot too.
- *   parameters(b), sums(b), state(b): flat buffers of the block, resident here, at places that bear the block's index.
- * In later tapes a slot is a byte range of an arena on a device, and fetch/store/prefetch/offload move operands.
+ *   param(b)         what block b owns, as stored: trainable tensors, then frozen ones. Version t after t updates.
+ *   state(b)         optimizer state and master weights of b's trainable tensors. Same versions.
+ *   compute(b)       param(b) in the graph's dtype, where it is stored in another (written by `cast`).
+ *   sums(b)          fp32 (fp64) gradient sums of every trainable parameter that b *uses*, over micro-batches 0..m.
+ *   retained(b)      gradient of b's owned parameters kept for an update in the next step, in its own dtype.
+ *   x(b, o, m)       boundary: output o of block b for micro-batch m.
+ *   dx(b, o, m)      its gradient.
+ * A block may use parameters that an earlier block owns (tied weights): its passes then read several param(owner).
  */
+import type { DType } from "../graph/types.js";
 
+/** depthFirst: each micro-batch through all blocks. breadthFirst: all micro-batches through a block, then the next. */
 export type Schedule = "depthFirst" | "breadthFirst";
+/** none: keep each block's autograd graph from forward to backward. all: run the forward again in the backward. */
 export type Recompute = "all" | "none";
+/**
+ * When a block is updated. end: after all backwards, sums of all blocks live until then. backward: right after the
+ * block's own last backward; no global clipping. forward: its gradient is retained, and it is updated when the next
+ * step's forward (or `flush`) fetches it; exact global clipping.
+ */
+export type UpdateOrder = "end" | "backward" | "forward";
+/** global: one coefficient from all gradients. block: each block by its own norm. none: norms are only reported. */
+export type Clip = "none" | "block" | "global";
+/** What a retained gradient is stored as; dynamic8: the signed 8-bit dynamic map with a float32 absmax for each 256. */
+export type RetainedDType = "float32" | "float64" | "bfloat16" | "dynamic8";
+export type MasterWeight = "none" | "split16" | "float32";
 
-/** Slot index; -1 where the operand is not a boundary, or no gradient flows. */
-export type Slot = number;
+/**
+ * device: the accelerator's memory (plain memory of this process on the CPU). host: pinned memory beside a device.
+ * disk: a file. slot: a numbered tensor that libtorch allocates on the device when it is written, of whatever size;
+ * `offset` is its number and `bytes` 0. Slots serve resident runs whose micro-batches have sizes of their own.
+ */
+export type Space = "device" | "host" | "disk" | "slot";
+export interface Place {
+  space: Space;
+  /** Bytes from the start of the space's arena: a multiple of 256; of 4,096 on disk and for what is moved to or from it. */
+  offset: number;
+  bytes: number;
+}
+/** Index into Tape.places; -1: no operand. */
+export type P = number;
 
-export type Instruction =
-  /** x -> outputs. keep: hold the autograd graph for the backward of (block, microBatch); else nothing is kept. */
-  | { op: "forward"; block: number; microBatch: number; in: Slot[]; out: Slot[]; keep: boolean }
-  /** A block whose outputs are losses only: forward and backward in one. dIn as in backward. */
-  | { op: "turn"; block: number; microBatch: number; in: Slot[]; dIn: Slot[]; add: boolean[]; first: boolean }
-  /**
-   * dOut, x -> parameter gradients into sums (first: overwrite, else add), input gradients into dIn slots
-   * (add[i]: add to what the slot holds, else overwrite).
-   */
-  | {
-      op: "backward";
-      block: number;
-      microBatch: number;
-      in: Slot[];
-      dOut: Slot[];
-      dIn: Slot[];
-      add: boolean[];
-      first: boolean;
-    }
-  /** sums of the block's owned parameters (tied uses added once, here) -> their partial norms. */
-  | { op: "norm"; block: number }
-  /** all partial norms and all losses -> the step's closed record (coefficient, skip). */
-  | { op: "coefficient" }
-  /** parameters t, state t, sums, record -> parameters t+1, state t+1. */
-  | { op: "update"; block: number };
+/** in: host to device. out: device to host. load: disk to host. save: host to disk. */
+export type CopyQueue = "in" | "out" | "load" | "save";
+export type Queue = "compute" | CopyQueue;
+
+export type Operand =
+  | { kind: "param" | "state" | "retained"; block: number }
+  | { kind: "x" | "dx"; block: number; output: number; microBatch: number };
+
+/**
+ * Positions of instructions on *other* queues that must have completed before this one begins. Instructions of one
+ * queue run in order. All point backwards.
+ */
+interface Waiting {
+  waits: number[];
+}
+
+/** `params[i]`: where the parameters of the i-th of `ownersOf(graph, block)` are, in the graph's dtype. */
+export type Instruction = Waiting &
+  (
+    | { op: "forward"; block: number; microBatch: number; params: P[]; in: P[]; out: P[]; keep: boolean }
+    /** A block whose outputs are losses only: forward and backward in one. */
+    | {
+        op: "turn";
+        block: number;
+        microBatch: number;
+        params: P[];
+        in: P[];
+        dIn: P[];
+        add: boolean[];
+        sums: P;
+        first: boolean;
+      }
+    /**
+     * dOut, x -> parameter gradients into sums (first: overwrite, else add), input gradients into dIn (add[i]: add to
+     * what the place holds, else overwrite). Runs the forward again unless the forward's `keep` held its graph.
+     */
+    | {
+        op: "backward";
+        block: number;
+        microBatch: number;
+        params: P[];
+        in: P[];
+        dOut: P[];
+        dIn: P[];
+        add: boolean[];
+        sums: P;
+        first: boolean;
+      }
+    /** param(block) -> compute(block), in the graph's dtype. */
+    | { op: "cast"; block: number; from: P; to: P }
+    /**
+     * The sums of block's owned parameters: `sums[i]` are those of the i-th of `usersOf(graph, block)`. Tied uses are
+     * added once, here, into the first user's. Writes the block's partial norms.
+     */
+    | { op: "norm"; block: number; sums: P[] }
+    /** All partial norms and losses -> the record of step t: optimizer step, learning rate, coefficient, skip. */
+    | { op: "coefficient" }
+    /** sums (after norm) -> retained(block). */
+    | { op: "pack"; block: number; sums: P[]; to: P; dtype: RetainedDType }
+    /**
+     * param, state: version t -> t + 1, in place. from "sums": by this step's gradient, grad as `norm`'s sums. from
+     * "retained": by the gradient that the step before retained, and its closed record; grad is [retained]. Does
+     * nothing where no update is pending (the first step, or after a flush).
+     */
+    | { op: "update"; block: number; param: P; state: P; grad: P[]; from: "sums" | "retained"; dtype: RetainedDType }
+    /**
+     * bytes [at, at + bytes) of `from` -> the same range of `to`; the operand is said for the profile and for errors.
+     */
+    | { op: "copy"; queue: CopyQueue; operand: Operand; from: P; to: P; at: number; bytes: number }
+  );
+
+export interface Arenas {
+  deviceBytes: number;
+  hostBytes: number;
+  diskBytes: number;
+}
+
+/** Where the state of every block lives between steps; the same in every tape of a session. */
+export interface Placement {
+  arenas: Arenas;
+  /** By block; null where the block owns no parameter (state: none that is trainable). */
+  homes: { param: Place | null; state: Place | null }[];
+}
+
+/** How parameters and optimizer state are stored: what layout.ts turns into bytes. */
+export interface StateFormat {
+  /** dtype of param(b). */
+  storage: Extract<DType, "float32" | "float64" | "bfloat16">;
+  masterWeight: MasterWeight;
+  optimizer: "adamw" | "adamw8bit";
+}
 
 export interface Tape {
   format: "stromatolite.tape";
-  version: 1;
+  version: 2;
+  /** step: one optimizer step. flush: carries out what a step with update "forward" left pending. */
+  kind: "step" | "flush";
   schedule: Schedule;
   recompute: Recompute;
+  update: UpdateOrder;
+  clip: Clip;
+  state: StateFormat;
+  /** 0 in a flush. */
   microBatches: number;
+  /** Largest value of every named dim that the places allow for; null: boundaries lie in slots, any size goes. */
+  dims: Record<string, number> | null;
+  placement: Placement;
   slots: number;
+  places: Place[];
   instructions: Instruction[];
 }

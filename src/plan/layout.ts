@@ -1,0 +1,107 @@
+/**
+ * Bytes of a block's state. The engine lays tensors out by the same rules (native/engine/layout.cc) and refuses a tape
+ * whose places differ from them.
+ *
+ * Tensors stand in the order of the block's `parameters`, each in a room of `room(n)` elements, so that every one begins
+ * on a multiple of 256 elements in every buffer. Every buffer's length is rounded up to 4,096 bytes (O_DIRECT).
+ *   param     rooms of owned trainable tensors, then of owned frozen ones, in the storage dtype
+ *   state     for each owned trainable tensor: master (room x 4 float32, room x 2 split16, or none), then
+ *             8-bit (n >= 4,096): state1 (room), state2 (room), absmax1, absmax2 (each room / 256 x 4, up to 256)
+ *             else: exp_avg, exp_avg_sq, each room x 4 (x 8 in float64)
+ *   sums      rooms of every trainable tensor that the block uses, float32 (float64)
+ *   retained  for each owned trainable tensor: room x 4, x 8 or x 2; dynamic8: room, then absmax (room / 256 x 4, up to 256)
+ */
+import { StromaError } from "../errors.js";
+import type { Graph } from "../graph/types.js";
+import { dtypeBytes } from "../graph/value.js";
+import type { RetainedDType, StateFormat } from "./types.js";
+
+export const PLACE_ALIGN = 256;
+export const PAGE = 4096;
+export const QUANT_BLOCK = 256;
+/** Smaller tensors keep fp32 moments under an 8-bit optimizer, as in bitsandbytes. */
+export const LEAST_QUANTIZED = 4096;
+
+export const roundUp = (n: number, unit: number): number => Math.ceil(n / unit) * unit;
+/** Elements that a tensor of n takes in every buffer. */
+export const room = (n: number): number => roundUp(n, QUANT_BLOCK);
+const absmaxBytes = (n: number): number => roundUp((room(n) / QUANT_BLOCK) * 4, PLACE_ALIGN);
+
+export interface BlockLayout {
+  /** Elements of the owned trainable and frozen tensors, in order. */
+  trainable: number[];
+  frozen: number[];
+  /** Elements of every trainable tensor that the block uses. */
+  used: number[];
+  paramBytes: number;
+  /** Of param: the leading part that an update changes, up to a whole page; what is stored back. */
+  trainableBytes: number;
+  /** param in the graph's dtype; 0 where that is the storage dtype. */
+  computeBytes: number;
+  stateBytes: number;
+  sumsBytes: number;
+  retainedBytes(dtype: RetainedDType): number;
+}
+
+export function blockLayouts(graph: Graph, format: StateFormat): BlockLayout[] {
+  const dtype = graph.dtype ?? "float32";
+  if (format.masterWeight !== "none" && format.storage !== "bfloat16")
+    throw new StromaError(
+      "CONFIG",
+      `[plan] masterWeight "${format.masterWeight}" is for parameters stored in bfloat16, not ${format.storage}`,
+    );
+  const wide = dtype === "float64" ? 8 : 4;
+  const stored = dtypeBytes(format.storage);
+  const byName = new Map(graph.parameters.map((p) => [p.name, p]));
+  return graph.blocks.map((block, b) => {
+    const uses = block.parameters.map((name) => {
+      const p = byName.get(name)!;
+      return { ...p, elements: p.shape.reduce((x, y) => x * y, 1) };
+    });
+    const trainable = uses.filter((p) => p.trainable && p.owner === b).map((p) => p.elements);
+    const frozen = uses.filter((p) => !p.trainable && p.owner === b).map((p) => p.elements);
+    const used = uses.filter((p) => p.trainable).map((p) => p.elements);
+    const rooms = (list: number[]) => list.reduce((sum, n) => sum + room(n), 0);
+    const master = { none: 0, split16: 2, float32: 4 }[format.masterWeight];
+    const moments = (n: number) =>
+      format.optimizer === "adamw8bit" && n >= LEAST_QUANTIZED
+        ? 2 * (room(n) + absmaxBytes(n))
+        : 2 * roundUp(room(n) * wide, PLACE_ALIGN);
+    const all = rooms(trainable) + rooms(frozen);
+    return {
+      trainable,
+      frozen,
+      used,
+      paramBytes: roundUp(all * stored, PAGE),
+      trainableBytes: roundUp(rooms(trainable) * stored, PAGE),
+      computeBytes: format.storage === dtype ? 0 : roundUp(all * dtypeBytes(dtype), PAGE),
+      stateBytes: roundUp(
+        trainable.reduce((sum, n) => sum + room(n) * master + moments(n), 0),
+        PAGE,
+      ),
+      sumsBytes: roundUp(rooms(used) * wide, PAGE),
+      retainedBytes(kind) {
+        const each = (n: number) =>
+          kind === "dynamic8"
+            ? room(n) + absmaxBytes(n)
+            : room(n) * (kind === "float64" ? 8 : kind === "float32" ? 4 : 2);
+        return roundUp(
+          trainable.reduce((sum, n) => sum + each(n), 0),
+          PAGE,
+        );
+      },
+    };
+  });
+}
+
+/** Blocks that own a parameter of `block`, ascending. */
+export function ownersOf(graph: Graph, block: number): number[] {
+  const names = new Set(graph.blocks[block]!.parameters);
+  return [...new Set(graph.parameters.filter((p) => names.has(p.name)).map((p) => p.owner))].sort((a, b) => a - b);
+}
+
+/** Blocks that use a trainable parameter that `block` owns and that have a backward, ascending. */
+export function usersOf(graph: Graph, block: number, hasBackward: (b: number) => boolean): number[] {
+  const names = new Set(graph.parameters.filter((p) => p.owner === block && p.trainable).map((p) => p.name));
+  return graph.blocks.flatMap((b, i) => (hasBackward(i) && b.parameters.some((p) => names.has(p)) ? [i] : []));
+}
