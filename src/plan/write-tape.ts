@@ -357,9 +357,9 @@ class Writer {
   }
 }
 
-/** The i-th of n shares of a list. */
+/** The i-th of n shares of a list: the first entry goes to the first share, none to the end of the last. */
 const share = <T>(list: readonly T[], i: number, n: number): T[] =>
-  list.slice(Math.floor((i * list.length) / n), Math.floor(((i + 1) * list.length) / n));
+  list.slice(Math.ceil((i * list.length) / n), Math.ceil(((i + 1) * list.length) / n));
 
 /** Buffers -> places, in every operand of an instruction. */
 function relocate(i: Instruction, index: readonly P[]): void {
