@@ -235,6 +235,7 @@ export class FakeSession implements NativeSession {
     this.openSnapshots++;
     let open_ = true;
     return {
+      copied: true,
       write: (path, header, entries) => this.#writeFile(copy, path, header, entries),
       dispose: () => {
         if (open_) this.openSnapshots--;
