@@ -208,7 +208,7 @@ export class Machine {
     const inputs = term("in", step, block, microBatch, ...params, ...i.in.map((p) => this.at(p)));
     const key = `${block} ${microBatch}`;
     if (i.op === "forward") {
-      if (i.keep) this.kept.set(key, inputs);
+      if (i.keep) this.kept.set(key, this.views(inputs, i));
       for (const [o, p] of i.out.entries()) if (p >= 0) this.write(this.places[p]!, term("x", o, inputs));
       return;
     }
@@ -216,7 +216,7 @@ export class Machine {
     if (i.op === "turn") this.losses.set(key, term("loss", inputs));
     else {
       // A kept graph holds views of its inputs: they must still be what they were.
-      if (tape.recompute === "none" && this.kept.get(key) !== inputs) from = term("no graph of", inputs);
+      if (tape.recompute === "none" && this.kept.get(key) !== this.views(inputs, i)) from = term("no graph of", inputs);
       this.kept.delete(key);
       from = term("dOut", from, ...i.dOut.map((p) => this.at(p)));
     }
@@ -235,6 +235,12 @@ export class Machine {
       }),
     );
     this.writeSums(i.sums, sums);
+  }
+
+  /** What a kept graph holds: not copies, but these very bytes. */
+  private views(inputs: string, i: { params: P[]; in: P[] }): string {
+    const where = [...i.params, ...i.in].filter((p) => p >= 0).map((p) => this.places[p]!);
+    return term(inputs, ...where.map(({ space, offset }) => `${space}${offset}`));
   }
 
   /** Adds tied uses into the first user's sums; a term of all owned gradients. */

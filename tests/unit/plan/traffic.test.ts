@@ -1,7 +1,11 @@
 import { describe, expect, it } from "vitest";
 import { evaluate } from "../../../src/graph/dims.js";
+import { model } from "../../../src/graph/model.js";
+import * as ops from "../../../src/graph/ops.js";
+import { traceModel } from "../../../src/graph/trace.js";
 import { findModel } from "../../../src/models/registry.js";
 import { blockLayouts } from "../../../src/plan/layout.js";
+import { residentPolicy } from "../../../src/plan/planner.js";
 import type { CopyQueue, Instruction, Tape } from "../../../src/plan/types.js";
 import { type Policy, writeTape } from "../../../src/plan/write-tape.js";
 
@@ -102,11 +106,11 @@ describe("prefetch", () => {
     boundary: "device",
   };
   /** Passes between a parameter's copy and the visit that it is for. */
-  const distances = (policy: Policy): number[] => {
+  const distances = (policy: Policy, queue: CopyQueue = "in"): number[] => {
     const { instructions } = writeTape(tiny, policy).step;
     const isPass = (i: Instruction) => i.op === "forward" || i.op === "turn" || i.op === "backward";
     return instructions.flatMap((copy, at) => {
-      if (copy.op !== "copy" || copy.queue !== "in" || copy.operand.kind !== "param") return [];
+      if (copy.op !== "copy" || copy.queue !== queue || copy.operand.kind !== "param") return [];
       const passes = instructions.slice(at).filter(isPass);
       const { block } = copy.operand;
       return [passes.findIndex((i) => "block" in i && (i.block === block || (i.block === 5 && block === 0)))];
@@ -127,6 +131,69 @@ describe("prefetch", () => {
     expect(two.slice(0, 3)).toEqual([0, 4, 6]);
     expect(two.slice(3).every((d) => d > 4 && d <= 8)).toBe(true);
     expect(new Set(distances({ ...small, parts: 3, prefetch: 0 }))).toEqual(new Set([0]));
+  });
+
+  it("reads from disk one visit before it copies to the device", () => {
+    const disk: Policy = { ...small, parts: 1, param: "disk", prefetch: 1 };
+    expect(
+      distances(disk)
+        .slice(3)
+        .every((d) => d <= 4),
+    ).toBe(true);
+    expect(
+      distances(disk, "load")
+        .slice(3)
+        .every((d) => d > 4 && d <= 8),
+    ).toBe(true);
+  });
+});
+
+describe("what stays on the device", () => {
+  const tiny = findModel("tiny").graph();
+  const state: Policy["state"] = { storage: "float32", masterWeight: "none", optimizer: "adamw" };
+
+  it("is what the very next visit needs, also without prefetch", () => {
+    const { step } = writeTape(tiny, { ...streamed, state, update: "end", prefetch: 0, parts: 1, boundary: "slot" });
+    const fetched = (block: number) =>
+      copies(step, "in").filter((c) => c.operand.kind === "param" && c.operand.block === block).length;
+    // The embedding: for its forward, the tied head, and its backward with the update behind it.
+    expect(fetched(0)).toBe(3);
+    // A layer: for its forward, its backward and its update.
+    expect(fetched(1)).toBe(3);
+  });
+
+  it("sends back what an update changes, and not the frozen rest", () => {
+    const half = model<null>("half-frozen", (m) => {
+      const labels = m.input("labels", "int64", ["B"]);
+      const x = m.input("x", "float32", ["B", 64]);
+      return m.block("only", (p) => {
+        const frozen = ops.linear(x, p.param("frozen", [64, 64], { trainable: false }));
+        const y = ops.linear(frozen, p.param("weight", [64, 64]));
+        const loss = ops.mul(ops.sum(ops.mul(y, y), []), p.lossScale("loss"));
+        p.loss("loss", loss, { count: labels, ignore: -100 });
+        return loss;
+      });
+    });
+    const { step } = writeTape(traceModel(half, null), { ...streamed, state, optimizer: "device" });
+    expect(moved(step, "in")).toBe(2 * 64 * 64 * 4);
+    expect(moved(step, "out")).toBe(64 * 64 * 4);
+  });
+});
+
+describe("an input that a block takes twice", () => {
+  it("adds its second gradient to its first", () => {
+    const graph = structuredClone(findModel("tiny").graph());
+    const program = { ...graph.programs[graph.blocks[2]!.program]! };
+    program.inputs = [...program.inputs, program.inputs[0]!];
+    graph.blocks[2]!.program = graph.programs.push(program) - 1;
+    graph.blocks[2]!.inputs.push(graph.blocks[2]!.inputs[0]!);
+    const { step } = writeTape(graph, residentPolicy(graph, { microBatches: 2 }));
+    const backwards = step.instructions.flatMap((i) => (i.op === "backward" && i.block === 2 ? [i] : []));
+    for (const { dIn, add } of backwards) {
+      expect(add).toEqual([false, ...dIn.slice(1, -1).map(() => false), true]);
+      expect(dIn.at(-1)).toBe(dIn[0]);
+    }
+    expect(backwards).toHaveLength(2);
   });
 });
 
