@@ -17,6 +17,7 @@ struct AdamWStep {
   T beta2;
   T one_minus_beta2;
   T sqrt_correction2;  // sqrt(1 - beta2^t)
+  T inverse_sqrt_correction2;
   T epsilon;
   T negative_step_size;  // -lr / (1 - beta1^t)
   T gradient_scale;      // clip coefficient; multiplied even when 1
@@ -32,6 +33,7 @@ struct AdamWStep {
     s.beta2 = static_cast<T>(beta2);
     s.one_minus_beta2 = static_cast<T>(1.0 - beta2);
     s.sqrt_correction2 = static_cast<T>(std::sqrt(correction2));
+    s.inverse_sqrt_correction2 = static_cast<T>(1.0 / std::sqrt(correction2));
     s.epsilon = static_cast<T>(epsilon);
     s.negative_step_size = static_cast<T>(-(lr / correction1));
     s.gradient_scale = static_cast<T>(gradient_scale);
@@ -60,11 +62,13 @@ STROMA_HD T adamw_parameter(const AdamWStep<T>& s, T p, T m, T root_of_v) {
 
 // Quantized moments (Dettmers et al., arXiv 2110.02861): the same step, on moments that were decoded and whose new values
 // are encoded only afterwards. An element whose new second moment is not finite (its gradient is NaN, infinite, or its
-// square overflows) loses its state and keeps its parameter, or one such value would take its whole block along. The root
-// is the correctly rounded one.
+// square overflows) loses its state and keeps its parameter, or one such value would take its whole block along. No bits
+// of PyTorch's are to be met here: the root is the correctly rounded one, and its correction a product.
 STROMA_HD void adamw_quantized(const AdamWStep<float>& s, float g, float& p, float& m, float& v) {
   const float root = square_root(adamw_moments(s, g, m, v));
-  const float updated = adamw_parameter(s, p, m, root);
+  const float decayed = s.decays ? p * s.decay : p;
+  const float denominator = fused_multiply_add(root, s.inverse_sqrt_correction2, s.epsilon);
+  const float updated = decayed + (s.negative_step_size * m) / denominator;
   const bool finite = v < __builtin_huge_valf();
   p = finite ? updated : p;
   m = finite ? m : 0.0f;

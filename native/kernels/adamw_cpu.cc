@@ -4,18 +4,18 @@
 //
 // A tile is brought into what the update computes in (float32; float64 for float64 moments), updated, and taken back.
 // Whatever is stored in that type already is updated where it lies.
-#include "kernels/clones.h"
-// clones.h stands first
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <vector>
+#include <bit>
+#include <cstring>
 
 #include "kernels/adamw.h"
 #include "kernels/checks.h"
+#include "kernels/clones.h"
 #include "kernels/rounding.h"
 #include "kernels/tiles.h"
 
@@ -36,9 +36,18 @@ STROMA_ADAMW_TILE(float)
 STROMA_ADAMW_TILE(double)
 #undef STROMA_ADAMW_TILE
 
-STROMA_CLONES void quantized(const AdamWStep<float> s, const float* __restrict g, float* __restrict p,
-                             float* __restrict m, float* __restrict v, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) adamw_quantized(s, g[i], p[i], m[i], v[i]);
+// One block: decoded, updated, encoded, in the first-level cache.
+STROMA_CLONES void quantized_block(const AdamWStep<float> s, const float* __restrict value1,
+                                   const uint32_t* __restrict cell1, const float* __restrict value2,
+                                   const uint32_t* __restrict cell2, const float* __restrict g, float* __restrict p,
+                                   uint8_t* __restrict code1, uint8_t* __restrict code2, float* __restrict absmax1,
+                                   float* __restrict absmax2) {
+  alignas(64) float m[kQuantBlock], v[kQuantBlock];
+  decode_block(value1, code1, *absmax1, m);
+  decode_block(value2, code2, *absmax2, v);
+  for (int32_t i = 0; i < kQuantBlock; ++i) adamw_quantized(s, g[i], p[i], m[i], v[i]);
+  encode_block<true, true>(cell1, m, absmax1, code1);
+  encode_block<false, false>(cell2, v, absmax2, code2);
 }
 
 STROMA_CLONES void round_nearest(const float* __restrict w, uint16_t* __restrict p, int64_t n) {
@@ -54,21 +63,20 @@ STROMA_CLONES void split(const float* __restrict w, uint16_t* __restrict p, int1
 STROMA_CLONES void join(const uint16_t* __restrict p, const int16_t* __restrict low, float* __restrict w, int64_t n) {
   for (int64_t i = 0; i < n; ++i) w[i] = join16(p[i], low[i]);
 }
-STROMA_CLONES void draw(const PhiloxKey key, int64_t group, uint32_t* __restrict words, int64_t groups) {
+// Two draws of 16 bits a word, the lower one first: as they lie in memory.
+static_assert(std::endian::native == std::endian::little);
+STROMA_CLONES void draw(const PhiloxKey key, uint64_t first, uint32_t* __restrict words, int64_t groups) {
   for (int64_t i = 0; i < groups; ++i) {
-    const Uint4 four = philox4x32(key, static_cast<uint64_t>(group + i));
+    const Uint4 four = philox4x32(key, first + static_cast<uint64_t>(i));
     words[4 * i] = four.x;
     words[4 * i + 1] = four.y;
     words[4 * i + 2] = four.z;
     words[4 * i + 3] = four.w;
   }
 }
-STROMA_CLONES void round_stochastic(const float* __restrict w, const uint32_t* __restrict words, int64_t first,
+STROMA_CLONES void round_stochastic(const float* __restrict w, const uint16_t* __restrict draws,
                                     uint16_t* __restrict p, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t at = first + i;
-    p[i] = stochastic_bfloat16(w[i], (words[at >> 1] >> ((at & 1) * 16)) & 0xffffu);
-  }
+  for (int64_t i = 0; i < n; ++i) p[i] = stochastic_bfloat16(w[i], draws[i]);
 }
 
 // Five streams of a tile stay in the second-level cache between the passes; of a quantized one, nearly in the first.
@@ -108,10 +116,13 @@ void put_weight(const AdamWArguments& a, Weight kind, int64_t begin, int64_t n, 
   uint16_t* p = bfloat16_data(a.param) + begin;
   if (kind == Weight::master) return round_nearest(w, p, n);
   if (kind == Weight::split) return split(w, p, a.master->mutable_data_ptr<int16_t>() + begin, n);
-  const int64_t first = a.first_element() + begin, groups = (first % 8 + n + 7) / 8;
-  uint32_t words[kTile / 2 + 4];
+  const uint64_t first = static_cast<uint64_t>(a.first_element() + begin);
+  const int64_t skip = static_cast<int64_t>(first % 8), groups = (skip + n + 7) / 8;
+  uint32_t words[kTile / 2 + 8];
+  uint16_t draws[kTile + 16];
   draw(rounding_key(a.key[0], a.key[1], a.key[2]), first / 8, words, groups);
-  round_stochastic(w, words, first % 8, p, n);
+  std::memcpy(draws, words, groups * 16);
+  round_stochastic(w, draws + skip, p, n);
 }
 
 template <typename T>
@@ -129,20 +140,29 @@ void update_tile(const AdamWArguments& a, Weight kind, const AdamWStep<T>& s, in
 }
 
 void update_quantized_tile(const AdamWArguments& a, Weight kind, const AdamWStep<float>& s, int64_t begin, int64_t n) {
-  float room[4 * kQuantTile];
-  float *m = room, *v = room + kQuantTile;
-  const float* g = gradient<float>(a.grad, begin, n, room + 2 * kQuantTile);
-  float* p = weight<float>(a, kind, begin, n, room + 3 * kQuantTile);
+  alignas(64) float room_g[kQuantTile], room_p[kQuantTile];
+  const float* g = gradient<float>(a.grad, begin, n, room_g);
+  float* p = weight<float>(a, kind, begin, n, room_p);
   uint8_t *code1 = a.exp_avg.mutable_data_ptr<uint8_t>() + begin,
           *code2 = a.exp_avg_sq.mutable_data_ptr<uint8_t>() + begin;
   float *absmax1 = a.absmax1->mutable_data_ptr<float>() + begin / kQuantBlock,
         *absmax2 = a.absmax2->mutable_data_ptr<float>() + begin / kQuantBlock;
-  decode_signed(code1, absmax1, m, n);
-  decode_unsigned(code2, absmax2, v, n);
-  quantized(s, g, p, m, v, n);
+  const auto block = [&](const float* g, float* p, uint8_t* code1, uint8_t* code2) {
+    quantized_block(s, signed_map().value, signed_map().cell, unsigned_map().value, unsigned_map().cell, g, p, code1,
+                    code2, absmax1++, absmax2++);
+  };
+  int64_t i = 0;
+  for (; i + kQuantBlock <= n; i += kQuantBlock) block(g + i, p + i, code1 + i, code2 + i);
+  if (const int64_t rest = n - i; rest > 0) {
+    // Zeros beyond the end have neither gradient nor moments, and no part in absmax.
+    Padded<float> g_end(g + i, rest), p_end(p + i, rest);
+    Padded<uint8_t> code1_end(code1 + i, rest, DynamicMap<true>::kZero), code2_end(code2 + i, rest);
+    block(g_end.data, p_end.data, code1_end.data, code2_end.data);
+    std::copy_n(p_end.data, rest, p + i);
+    std::copy_n(code1_end.data, rest, code1 + i);
+    std::copy_n(code2_end.data, rest, code2 + i);
+  }
   put_weight(a, kind, begin, n, p);
-  encode_signed_keeping_sign(m, absmax1, code1, n);
-  encode_unsigned(v, absmax2, code2, n);
 }
 
 void adamw_cpu(at::Tensor& param, const std::optional<at::Tensor>& master, const at::Tensor& grad, at::Tensor& exp_avg,

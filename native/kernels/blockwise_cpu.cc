@@ -1,8 +1,6 @@
 // stroma::quantize_blockwise_ and dequantize_blockwise_, CPU twin, and the maps. Contract: the code (uint8) and absmax
 // (float32, one for each 256 elements) are overwritten, x is only read; all flat and contiguous. A block that holds a NaN
 // or an infinity has it as its absmax and comes back with no finite value: nothing is lost in silence.
-#include "kernels/clones.h"
-// clones.h stands first
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -15,6 +13,7 @@
 
 #include "kernels/tiles.h"
 #include "kernels/checks.h"
+#include "kernels/clones.h"
 
 namespace stroma {
 namespace {
@@ -75,65 +74,55 @@ DynamicMap<Signed> make_map() {
   return map;
 }
 
-template <bool Signed>
-inline __attribute__((always_inline)) void decode(const DynamicMap<Signed>& map, const uint8_t* __restrict code,
-                                                  const float* __restrict absmax, float* __restrict out, int64_t n) {
-  for (int64_t b = 0; b < n; b += kQuantBlock) {
-    const float scale = absmax[b / kQuantBlock];
-    const int32_t size = static_cast<int32_t>(std::min(kQuantBlock, n - b));
-    for (int32_t i = 0; i < size; ++i) out[b + i] = map.value[code[b + i]] * scale;
-  }
+STROMA_CLONES void decode(const float* __restrict value, const uint8_t* __restrict code, float absmax,
+                          float* __restrict out) {
+  decode_block(value, code, absmax, out);
+}
+STROMA_CLONES void encode_signed(const uint32_t* __restrict cell, const float* __restrict x, float* __restrict absmax,
+                                 uint8_t* __restrict code) {
+  encode_block<true, false>(cell, x, absmax, code);
+}
+STROMA_CLONES void encode_unsigned(const uint32_t* __restrict cell, const float* __restrict x,
+                                   float* __restrict absmax, uint8_t* __restrict code) {
+  encode_block<false, false>(cell, x, absmax, code);
 }
 
-template <bool Signed, bool KeepSign>
-inline __attribute__((always_inline)) void encode(const DynamicMap<Signed>& map, const float* __restrict x,
-                                                  float* __restrict absmax, uint8_t* __restrict code, int64_t n) {
-  for (int64_t b = 0; b < n; b += kQuantBlock) {
-    const int32_t size = static_cast<int32_t>(std::min(kQuantBlock, n - b));
-    int32_t most = 0;
-    for (int32_t i = 0; i < size; ++i) most = std::max(most, static_cast<int32_t>(magnitude_bits(x[b + i])));
-    const float inverse = inverse_absmax(bits_float(most));
-    const bool vanishes = inverse == 0.0f && static_cast<uint32_t>(most) < 0x7f800000u;
-    absmax[b / kQuantBlock] = vanishes ? 0.0f : bits_float(most);
-    if (vanishes)
-      std::fill_n(code + b, size, uint8_t{0});
-    else
-      for (int32_t i = 0; i < size; ++i)
-        code[b + i] = static_cast<uint8_t>(nearest_code<Signed, KeepSign>(map.cell, x[b + i], inverse));
-  }
-}
-
-constexpr int64_t kTile = 16 * kQuantBlock;
-
-// Runs `tile(begin, size)` over n elements on the intra-op threads; tiles begin at blocks.
+// Runs `block(index, begin, size)` over the blocks of n elements on the intra-op threads.
 template <typename F>
-void for_tiles(int64_t n, const F& tile) {
-  at::parallel_for(0, (n + kTile - 1) / kTile, 4, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) tile(t * kTile, std::min(kTile, n - t * kTile));
+void for_blocks(int64_t n, const F& block) {
+  at::parallel_for(0, quant_blocks(n), 64, [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b) block(b, b * kQuantBlock, std::min(kQuantBlock, n - b * kQuantBlock));
   });
 }
 
 template <typename T>
 void quantize(const T* x, uint8_t* code, float* absmax, bool is_signed, int64_t n) {
-  for_tiles(n, [&](int64_t begin, int64_t size) {
-    float scratch[kTile];
-    const float* values = scratch;
+  for_blocks(n, [&](int64_t b, int64_t begin, int64_t size) {
+    alignas(64) float values[kQuantBlock] = {};
+    alignas(64) uint8_t codes[kQuantBlock];
     if constexpr (std::is_same_v<T, float>)
-      values = x + begin;
+      std::copy_n(x + begin, size, values);
     else
-      convert(x + begin, scratch, size);
-    (is_signed ? encode_signed : encode_unsigned)(values, absmax + begin / kQuantBlock, code + begin, size);
+      convert(x + begin, values, size);
+    if (is_signed)
+      encode_signed(signed_map().cell, values, absmax + b, codes);
+    else
+      encode_unsigned(unsigned_map().cell, values, absmax + b, codes);
+    std::copy_n(codes, size, code + begin);
   });
 }
 
 template <typename T>
-void dequantize(const uint8_t* code, const float* absmax, T* out, bool is_signed, int64_t n) {
-  for_tiles(n, [&](int64_t begin, int64_t size) {
-    float scratch[kTile];
-    float* values = scratch;
-    if constexpr (std::is_same_v<T, float>) values = out + begin;
-    (is_signed ? decode_signed : decode_unsigned)(code + begin, absmax + begin / kQuantBlock, values, size);
-    if constexpr (!std::is_same_v<T, float>) convert(scratch, out + begin, size);
+void dequantize(const uint8_t* code, const float* absmax, bool is_signed, T* out, int64_t n) {
+  const float* value = is_signed ? signed_map().value : unsigned_map().value;
+  for_blocks(n, [&](int64_t b, int64_t begin, int64_t size) {
+    alignas(64) float values[kQuantBlock];
+    const Padded<uint8_t> codes(code + begin, size);
+    decode(value, codes.data, absmax[b], values);
+    if constexpr (std::is_same_v<T, float>)
+      std::copy_n(values, size, out + begin);
+    else
+      convert(values, out + begin, size);
   });
 }
 
@@ -148,8 +137,8 @@ void quantize_cpu(const at::Tensor& x, at::Tensor& code, at::Tensor& absmax, boo
 void dequantize_cpu(const at::Tensor& code, const at::Tensor& absmax, bool is_signed, at::Tensor& out) {
   check_blockwise("dequantize_blockwise_", out, code, absmax);
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, out.scalar_type(), "stroma::dequantize_blockwise_", [&] {
-    dequantize(code.const_data_ptr<uint8_t>(), absmax.const_data_ptr<float>(), out.mutable_data_ptr<scalar_t>(),
-               is_signed, out.numel());
+    dequantize(code.const_data_ptr<uint8_t>(), absmax.const_data_ptr<float>(), is_signed,
+               out.mutable_data_ptr<scalar_t>(), out.numel());
   });
 }
 
@@ -168,22 +157,6 @@ const DynamicMap<true>& signed_map() {
 const DynamicMap<false>& unsigned_map() {
   static const DynamicMap<false> map = make_map<false>();
   return map;
-}
-
-STROMA_CLONES void decode_signed(const uint8_t* code, const float* absmax, float* out, int64_t n) {
-  decode(signed_map(), code, absmax, out, n);
-}
-STROMA_CLONES void decode_unsigned(const uint8_t* code, const float* absmax, float* out, int64_t n) {
-  decode(unsigned_map(), code, absmax, out, n);
-}
-STROMA_CLONES void encode_signed(const float* x, float* absmax, uint8_t* code, int64_t n) {
-  encode<true, false>(signed_map(), x, absmax, code, n);
-}
-STROMA_CLONES void encode_signed_keeping_sign(const float* x, float* absmax, uint8_t* code, int64_t n) {
-  encode<true, true>(signed_map(), x, absmax, code, n);
-}
-STROMA_CLONES void encode_unsigned(const float* x, float* absmax, uint8_t* code, int64_t n) {
-  encode<false, false>(unsigned_map(), x, absmax, code, n);
 }
 
 #define STROMA_CONVERT(From, To)                                                                 \

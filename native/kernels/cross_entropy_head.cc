@@ -4,7 +4,8 @@
 // Overwrites nothing. The forward already computes the gradients when they are wanted (the scale is known, the loss is
 // the end of the graph): logits of a chunk are used for both, never recomputed. Chunks are computed and their weight
 // gradients added last first, as autograd does for a loop over chunks (newest first), so the result is equal to the bit
-// to that loop in stock PyTorch; the losses are added first to last.
+// to that loop in stock PyTorch; the losses are added first to last. Of a bfloat16 or half weight (and bias) the chunks'
+// gradients are added in float32 and rounded once, where that loop rounds each of its sums.
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -31,6 +32,8 @@ HeadResult head(const at::Tensor& x, const at::Tensor& weight, const std::option
   const int64_t rows = x.size(0);
   const int64_t chunks = std::max<int64_t>(1, (rows + chunk - 1) / chunk);
   const bool need_any = need_x || need_weight || need_bias;
+  const bool narrow = weight.scalar_type() == at::kBFloat16 || weight.scalar_type() == at::kHalf;
+  const auto sum_type = narrow && chunks > 1 ? at::kFloat : weight.scalar_type();
   HeadResult result;
   std::vector<at::Tensor> losses(chunks), dx(chunks);
   const std::optional<at::Tensor> no_weight;
@@ -51,11 +54,13 @@ HeadResult head(const at::Tensor& x, const at::Tensor& weight, const std::option
     log_probs.reset();
     if (widen) dlogits = dlogits.to(x.scalar_type());
     if (need_x) dx[c] = dlogits.mm(weight);
-    if (need_weight) accumulate(result.dweight, dlogits.t().mm(x_c));
-    if (need_bias) accumulate(result.dbias, dlogits.sum(0));
+    if (need_weight) accumulate(result.dweight, dlogits.t().mm(x_c).to(sum_type));
+    if (need_bias) accumulate(result.dbias, dlogits.sum({0}, false, sum_type));
   }
   result.loss = losses[0];
   for (int64_t c = 1; c < chunks; ++c) result.loss = result.loss + losses[c];
+  if (need_weight) result.dweight = result.dweight.to(weight.scalar_type());
+  if (need_bias) result.dbias = result.dbias.to(weight.scalar_type());
   if (need_x) result.dx = chunks == 1 ? dx[0] : at::cat(dx, 0);
   return result;
 }

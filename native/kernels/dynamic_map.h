@@ -54,13 +54,12 @@ STROMA_HD int32_t nearest_code(const uint32_t* __restrict cell, float x, float i
   const uint32_t entry = cell[(in - static_cast<int32_t>(kFirstCell)) >> Map::kShift];
   const int32_t sign = Signed ? static_cast<int32_t>(bits >> 31) : 0;
   const int32_t rest = ((in << 1) & static_cast<int32_t>(Map::kNoBoundary - 1)) | sign;
-  int32_t code = static_cast<int32_t>(entry >> 24) + (rest >= static_cast<int32_t>(entry & 0xffffffu) ? 1 : 0);
-  if constexpr (Signed) {
-    const int32_t least = KeepSign && sign != 0 && magnitude != 0 ? 1 : 0;
-    const int32_t below = code < 127 ? code : 127;  // the map has no -1.0
-    code = sign != 0 ? 127 - (below > least ? below : least) : 127 + code;
-  }
-  return code;
+  const int32_t code = static_cast<int32_t>(entry >> 24) + (rest >= static_cast<int32_t>(entry & 0xffffffu) ? 1 : 0);
+  if constexpr (!Signed) return code;
+  // Without branches, for vectors. Below zero the map ends one code earlier: it has no -1.0.
+  const int32_t most = 128 - sign, least = KeepSign ? sign & (magnitude != 0 ? 1 : 0) : 0;
+  const int32_t upper = code < most ? code : most, away = upper > least ? upper : least;
+  return Map::kZero + (sign != 0 ? -away : away);
 }
 
 // The two maps of this process, computed on first use (blockwise_cpu.cc).

@@ -12,6 +12,13 @@
 #define STROMA_HD inline __attribute__((always_inline))
 #endif
 
+// Before a loop of few and constant rounds: unrolled, so that the loop around it can be vectorised.
+#if defined(__CUDACC__) || defined(__clang__)
+#define STROMA_UNROLL _Pragma("unroll")
+#else
+#define STROMA_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace stroma {
 STROMA_HD float fused_multiply_add(float a, float b, float c) {
 #if defined(__CUDA_ARCH__)

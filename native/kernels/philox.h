@@ -1,6 +1,8 @@
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): a counter-based generator.
 // A draw depends on its key and counter alone, so any schedule, thread count or recompute sees the same numbers.
 #pragma once
+#include <initializer_list>
+
 #include "kernels/hd.h"
 
 namespace stroma {
@@ -30,6 +32,7 @@ struct Uint4 {
 
 STROMA_HD Uint4 philox4x32(PhiloxKey key, uint64_t counter) {
   Uint4 c{static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), 0u, 0u};
+  STROMA_UNROLL
   for (int round = 0; round < 10; ++round) {
     const uint64_t a = static_cast<uint64_t>(0xD2511F53u) * c.x;
     const uint64_t b = static_cast<uint64_t>(0xCD9E8D57u) * c.z;
