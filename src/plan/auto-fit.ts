@@ -1,0 +1,291 @@
+/**
+ * Makes one kind of plan fit: writes its tape with everything at its far home, then moves whole blocks between device,
+ * host and disk until every budget holds.
+ */
+import { evaluate } from "../graph/dims.js";
+import type { Dim, DType, Graph } from "../graph/types.js";
+import { dtypeBytes } from "../graph/value.js";
+import type { PlanRequest } from "./auto.js";
+import type { Budget } from "./budget.js";
+import { blockLayouts } from "./layout.js";
+import { passWorkspace } from "./memory.js";
+import { type Simulation, simulate, type TapePeaks, tapePeaks } from "./simulate.js";
+import type { Clip, Recompute, RetainedDType, Schedule, Tape, UpdateOrder } from "./types.js";
+import { type Policy, type Space3, writeTape } from "./write-tape.js";
+
+export interface Shape {
+  graph: Graph;
+  /** Blocks of the user's graph in one of this one. */
+  merged: number;
+  schedule: Schedule;
+  recompute: Recompute;
+  update: UpdateOrder;
+  clip: Clip;
+  retainedDType: RetainedDType;
+  boundary: Space3;
+  prefetch: number;
+  /** Micro-batches of the user's in one of the device's. */
+  fused: number;
+  /** Where state lives that is not moved. */
+  far: Space3;
+}
+
+export interface Attempt {
+  shape: Shape;
+  label: string;
+  /** Null: it fits. */
+  over: { space: Space3; bytes: number; why: string } | null;
+  /** Refused by its plain sums: no tape was written. */
+  lowerBound: boolean;
+  written: { policy: Policy; step: Tape; flush: Tape | null } | null;
+  peaks: TapePeaks | null;
+  simulation: Simulation | null;
+}
+
+/** A tape's copies are cut in so many parts: whole ones block boundaries behind them, more gain nothing (TAPE.md). */
+const PARTS = 4;
+/** Tapes written for one shape at most. */
+const TRIES = 8;
+
+type Kind = "param" | "state" | "retained";
+type Homes = Record<Kind, Space3[]>;
+
+/** `force`: writes a tape also for what its plain sums refuse. */
+export function fitShape(shape: Shape, request: PlanRequest, limits: Budget, force = false): Attempt {
+  const attempt: Attempt = {
+    shape,
+    label: labelOf(shape),
+    over: leastOver(shape, request, limits),
+    lowerBound: true,
+    written: null,
+    peaks: null,
+    simulation: null,
+  };
+  if (attempt.over !== null && !force) return attempt;
+  return new Fitting(shape, request, limits).run({ ...attempt, lowerBound: false });
+}
+
+class Fitting {
+  private readonly homes: Homes;
+  private readonly bytes: Record<Kind, number[]>;
+  private readonly dims: Record<string, number>;
+
+  constructor(
+    private readonly shape: Shape,
+    private readonly request: PlanRequest,
+    private readonly limits: Budget,
+  ) {
+    const { graph, far, boundary, retainedDType, update } = shape;
+    const layouts = blockLayouts(graph, request.state);
+    this.bytes = {
+      param: layouts.map((l) => l.paramBytes),
+      state: layouts.map((l) => l.stateBytes),
+      retained: layouts.map((l) => (update === "forward" ? l.retainedBytes(retainedDType) : 0)),
+    };
+    // A retained gradient lends its bytes to boundaries of its own space.
+    this.homes = {
+      param: layouts.map(() => far),
+      state: layouts.map(() => far),
+      retained: layouts.map(() => (boundary === "device" ? "device" : far)),
+    };
+    this.dims = fusedDims(shape, request);
+  }
+
+  run(attempt: Attempt): Attempt {
+    const { limits } = this;
+    const seen = new Set<string>();
+    let best = attempt;
+    for (let tries = 0; tries < TRIES; tries++) {
+      const now = this.write(attempt);
+      if (best.written === null || (now.over?.bytes ?? 0) < (best.over?.bytes ?? 0)) best = now;
+      if (now.over === null) return this.fill(now);
+      seen.add(JSON.stringify(this.homes));
+      const peaks = now.peaks!;
+      const room = {
+        device: limits.deviceBytes - peaks.deviceBytes,
+        host: limits.hostBytes - peaks.hostBytes,
+        disk: limits.diskBytes - peaks.diskBytes,
+      };
+      const before = room.device + room.host + room.disk;
+      if (room.device < 0) this.move("device", -room.device, ["host", "disk"], room);
+      if (room.host < 0) this.move("host", -room.host, ["device", "disk"], room);
+      if (seen.has(JSON.stringify(this.homes))) break;
+      // Moves change no sum, only what a retained gradient lends: where all together are short, they end in nothing.
+      const lent = this.shape.update === "forward" ? limits.deviceBytes / 8 : 0;
+      if (tries > 0 && before < -lent) break;
+    }
+    return best;
+  }
+
+  /** Moves blocks away from `from` until `need` bytes are gone, to the first of `to` that has room. */
+  private move(from: Space3, need: number, to: readonly Space3[], room: Record<Space3, number>): void {
+    let left = need;
+    for (const { kind, block } of this.order(from)) {
+      if (left <= 0) return;
+      const bytes = this.bytes[kind][block]!;
+      // Kept as it is: a param's move to a disk costs two more crossings of the slowest link than state does.
+      const target = to.find((space) => room[space] >= bytes && this.may(kind, space));
+      if (target === undefined) continue;
+      this.homes[kind][block] = target;
+      room[target] -= bytes;
+      room[from] += bytes;
+      left -= bytes;
+    }
+  }
+
+  private may(kind: Kind, space: Space3): boolean {
+    if (space === "host") return this.limits.hostBytes > 0;
+    if (space === "disk")
+      return this.limits.diskBytes > 0 && (kind === "state" || this.homes.state.every((s) => s !== "host"));
+    return true;
+  }
+
+  /**
+   * What leaves a space first. The device takes parameters first: they cross the link three times a step, state and
+   * retained gradients twice. Retained gradients of late blocks leave it first, whose bytes lend themselves the shortest.
+   */
+  private order(from: Space3): { kind: Kind; block: number }[] {
+    const kinds: Kind[] = from === "device" ? ["retained", "state", "param"] : ["param", "state", "retained"];
+    return kinds.flatMap((kind) => {
+      const here = this.homes[kind].flatMap((space, block) =>
+        space === from && this.bytes[kind][block]! > 0 ? [{ kind, block }] : [],
+      );
+      return from === "device" ? here.reverse() : here;
+    });
+  }
+
+  /** Where the link makes the device wait, as much as the device still holds. */
+  private fill(fitting: Attempt): Attempt {
+    const { seconds, busySeconds } = fitting.simulation!;
+    const room = this.limits.deviceBytes - fitting.peaks!.deviceBytes;
+    if (this.shape.far === "device" || busySeconds.compute / seconds > 0.98) return fitting;
+    const before = structuredClone(this.homes);
+    this.move("host", room, ["device"], { device: room, host: 0, disk: 0 });
+    this.move("disk", room, ["device"], { device: room, host: 0, disk: 0 });
+    const filled = this.write(fitting);
+    if (filled.over === null && filled.simulation!.seconds < 0.99 * seconds) return filled;
+    Object.assign(this.homes, before);
+    return fitting;
+  }
+
+  private write(attempt: Attempt): Attempt {
+    const { shape, request, limits } = this;
+    const homes = structuredClone(this.homes);
+    const policy: Policy = {
+      schedule: shape.schedule,
+      recompute: shape.recompute,
+      update: shape.update,
+      clip: shape.clip,
+      state: request.state,
+      microBatches: request.gradientAccumulationSteps / shape.fused,
+      dims: this.dims,
+      param: (b) => homes.param[b]!,
+      optimizer: (b) => homes.state[b]!,
+      boundary: shape.boundary,
+      retained: (b) => homes.retained[b]!,
+      retainedDType: shape.retainedDType,
+      prefetch: shape.prefetch,
+      parts: PARTS,
+    };
+    const { step, flush } = writeTape(shape.graph, policy);
+    const peaks = tapePeaks(shape.graph, step, request.profile.device);
+    const simulation = simulate(shape.graph, step, request.profile);
+    return { ...attempt, written: { policy, step, flush }, peaks, simulation, over: excess(peaks, limits) };
+  }
+}
+
+function excess(peaks: TapePeaks, limits: Budget): Attempt["over"] {
+  const over = (["device", "host", "disk"] as const)
+    .map((space) => ({ space, bytes: peaks[`${space}Bytes`] - limits[`${space}Bytes`] }))
+    .filter(({ bytes }) => bytes > 0)
+    .sort((a, b) => b.bytes - a.bytes);
+  if (over.length === 0) return null;
+  const { space } = over[0]!;
+  const bytes = over.reduce((sum, o) => sum + o.bytes, 0);
+  const parts = over.map(
+    (o) => `${gb(peaks[`${o.space}Bytes`])} on the ${o.space} of ${gb(limits[`${o.space}Bytes`])}`,
+  );
+  return { space, bytes, why: `does not fit by ${gb(bytes)}: ${parts.join(", ")} usable` };
+}
+
+/** What a shape takes at the least, in all places together; null where that fits. */
+export function leastOver(shape: Shape, request: PlanRequest, limits: Budget): Attempt["over"] {
+  const { graph, far, update, schedule, recompute, retainedDType } = shape;
+  const layouts = blockLayouts(graph, request.state);
+  const dims = fusedDims(shape, request);
+  const count = schedule === "breadthFirst" ? request.gradientAccumulationSteps / shape.fused : 1;
+  const consumed = new Set(
+    graph.blocks.flatMap((b) => b.inputs.flatMap((s) => ("block" in s ? [`${s.block}:${s.output}`] : []))),
+  );
+  let [state, boundaries, kept, sums, retained, workspace] = [0, 0, 0, 0, 0, 0];
+  for (const [b, block] of graph.blocks.entries()) {
+    const layout = layouts[b]!;
+    state += layout.paramBytes + layout.stateBytes;
+    sums = update === "end" ? sums + layout.sumsBytes : Math.max(sums, layout.sumsBytes);
+    retained += update === "forward" ? layout.retainedBytes(retainedDType) : 0;
+    for (const [o, output] of graph.programs[block.program]!.outputs.entries()) {
+      if (!consumed.has(`${b}:${o}`)) continue;
+      boundaries += outputBytes(output, dims) * count;
+    }
+    const pass = passWorkspace(graph, b, dims, { device: request.profile.device });
+    workspace = Math.max(workspace, pass.backward);
+    if (recompute === "none" && b < graph.blocks.length - 1) kept += pass.kept * count;
+  }
+  const { deviceBytes, hostBytes, diskBytes } = limits;
+  const all = far === "device" ? deviceBytes : deviceBytes + hostBytes + diskBytes;
+  const needed = state + sums + kept + workspace + Math.max(boundaries, retained);
+  if (needed <= all) return null;
+  const parts = [
+    `${gb(state)} of parameters and optimizer state`,
+    `${gb(sums)} of gradient sums`,
+    retained > boundaries ? `${gb(retained)} of retained gradients` : `${gb(boundaries)} of boundaries`,
+    ...(kept > 0 ? [`${gb(kept)} of kept graphs`] : []),
+  ];
+  const where = far === "device" ? "of device memory" : "in all";
+  return {
+    space: far === "device" ? "device" : "host",
+    bytes: needed - all,
+    why: `does not fit by ${gb(needed - all)}: ${parts.join(", ")}, and ${gb(all)} ${where} is usable`,
+  };
+}
+
+/** Device bytes that shape `b` may need less than `a` does, at the most. */
+export function saved(a: Shape, b: Shape, request: PlanRequest): number {
+  const workspace = (s: Shape) => {
+    const passes = s.graph.blocks.map((_, i) =>
+      passWorkspace(s.graph, i, fusedDims(s, request), { device: request.profile.device }),
+    );
+    return Math.max(...passes.map((p) => p.backward));
+  };
+  const slabs = blockLayouts(a.graph, request.state).map(
+    (l) => l.paramBytes + l.stateBytes + (a.update === "forward" ? l.retainedBytes(a.retainedDType) : 0),
+  );
+  const outputs = a.graph.blocks.map((block) =>
+    a.graph.programs[block.program]!.outputs.reduce((sum, o) => sum + outputBytes(o, fusedDims(a, request)), 0),
+  );
+  // Beside the workspace, some ten boundaries are under way.
+  const ring = 10 * Math.max(...outputs) * (1 - b.fused / a.fused);
+  return workspace(a) - workspace(b) + Math.max(0, a.prefetch - b.prefetch) * Math.max(...slabs) + ring;
+}
+
+const outputBytes = (o: { dtype: DType; shape: Dim[] }, dims: Readonly<Record<string, number>>): number =>
+  o.shape.reduce<number>((n, d) => n * evaluate(d, dims), 1) * dtypeBytes(o.dtype);
+
+function fusedDims({ fused }: Shape, { dims, batchDim = "B" }: PlanRequest): Record<string, number> {
+  return { ...dims, [batchDim]: (dims[batchDim] ?? 1) * fused };
+}
+
+export const gb = (bytes: number): string => `${(bytes / 1e9).toFixed(bytes < 1e10 ? 2 : 1)} GB`;
+
+function labelOf(s: Shape): string {
+  const retained = s.update === "forward" ? `, gradients retained as ${s.retainedDType}` : "";
+  const graphs = s.recompute === "none" ? "graphs kept" : "recompute";
+  return [
+    s.far === "device" ? "all on the device" : `boundaries on the ${s.boundary}`,
+    s.schedule === "breadthFirst" ? "breadth-first" : "depth-first",
+    `update ${s.update}${retained}`,
+    `${s.fused} fused`,
+    ...(s.far === "device" ? [graphs] : [`prefetch ${s.prefetch}`]),
+    ...(s.merged > 1 ? [`${s.merged} layers a block`] : []),
+  ].join(", ");
+}

@@ -1,0 +1,354 @@
+/**
+ * Chooses the fastest plan that fits: order of work, time of update, fused micro-batches, and where parameters, optimizer
+ * state, retained gradients and boundaries live. Every candidate is a tape that was written, placed and timed; only what
+ * cannot fit by its plain sums is left out before.
+ *
+ * The order in which is asked: first whether everything stays on the device; else breadth-first, with the most micro-batches
+ * fused, the most exact retained gradient, whole blocks on the device as far as they help. Coarser means (a lossier
+ * gradient, merged blocks, less prefetch) are tried only where finer ones do not fit.
+ */
+import { StromaError } from "../errors.js";
+import type { Graph } from "../graph/types.js";
+import { describePlacement, type PlacementTable } from "./auto-describe.js";
+import { type Attempt, fitShape, leastOver, type Shape, saved } from "./auto-fit.js";
+import type { Budget } from "./budget.js";
+import { usable } from "./budget.js";
+import { mergeBlocks } from "./merge-blocks.js";
+import type { MachineProfile } from "./profiles.js";
+import type { BoundBy, Simulation } from "./simulate.js";
+import type { Clip, RetainedDType, Schedule, StateFormat, Tape, UpdateOrder } from "./types.js";
+import type { Policy, Space3 } from "./write-tape.js";
+
+export interface PlanRequest {
+  /** Sizes of one of the user's micro-batches, e.g. { B: 1, T: 512 }. */
+  dims: Readonly<Record<string, number>>;
+  gradientAccumulationSteps: number;
+  state: StateFormat;
+  clip: Clip;
+  profile: MachineProfile;
+  /** All there is; the plan fills what `usable` leaves of it. */
+  budget: Budget;
+  /** The dim that fused micro-batches lengthen. Default "B". */
+  batchDim?: string;
+  /** The dim that makes tokens of rows. Default "T". */
+  tokenDim?: string;
+}
+
+export interface Alternative {
+  plan: string;
+  fits: boolean;
+  /** Why it was not taken. */
+  why: string;
+  peakDeviceBytes: number | null;
+  peakHostBytes: number | null;
+  predictedTokensPerSecond: number | null;
+}
+
+export interface PlanReport {
+  fits: boolean;
+  order: Schedule;
+  update: UpdateOrder;
+  /** Rows that pass through a block at once, of how many of the user's micro-batches, and how many such passes a step has. */
+  microBatch: { rows: number; fused: number; count: number };
+  placements: PlacementTable;
+  peakDeviceBytes: number;
+  peakHostBytes: number;
+  peakDiskBytes: number;
+  bytesToDevicePerStep: number;
+  bytesFromDevicePerStep: number;
+  predictedStepSeconds: number;
+  predictedTokensPerSecond: number;
+  boundBy: BoundBy;
+  alternatives: Alternative[];
+}
+
+export interface AutoPlan {
+  report: PlanReport;
+  /** What the tapes are for: the graph given, or the same model in larger blocks. */
+  graph: Graph;
+  blocksMerged: number;
+  policy: Policy;
+  tapes: { step: Tape; flush: Tape | null };
+  simulation: Simulation;
+  usable: Budget;
+  /** Where nothing fits: bytes that are missing, and what would do. */
+  missing: { bytes: number; cure: string } | null;
+}
+
+/** Where longer device micro-batches gain nothing more, and where most is gained (TAPE.md, section 4). */
+const MOST_TOKENS = 4096;
+const ENOUGH_TOKENS = 2048;
+
+/** Throws CONFIG for a request that makes no sense, TAPE for a graph that does not train. Takes a few seconds at 13 B. */
+export function planAuto(graph: Graph, request: PlanRequest): AutoPlan {
+  const { gradientAccumulationSteps: accumulation } = request;
+  if (!Number.isSafeInteger(accumulation) || accumulation < 1)
+    throw new StromaError(
+      "CONFIG",
+      `[plan] expected gradientAccumulationSteps to be a whole number of at least 1, got ${accumulation}`,
+    );
+  return searched(graph, request).result();
+}
+
+/** `quick`: asks only whether something fits, not for the fewest bytes that would. */
+function searched(graph: Graph, request: PlanRequest, quick = false): Search {
+  const { clip, budget, profile } = request;
+  const limits = usable(budget);
+  const search = new Search(graph, request, limits);
+  const fused = fusions(request).slice(0, quick ? 1 : undefined);
+  search.resident(fused);
+  const updates: UpdateOrder[] = clip === "global" ? ["forward"] : ["backward"];
+  const kinds: RetainedDType[] = clip === "global" ? retainedDTypes(graph) : ["float32"];
+  // On the CPU the device is the host's memory.
+  const hosted = profile.device === "cuda" && limits.hostBytes > 0;
+  const spaces: Space3[] = [
+    "device",
+    ...(hosted ? (["host"] as const) : []),
+    ...(limits.diskBytes > 0 ? (["disk"] as const) : []),
+  ];
+  // Merging and the retained dtype cost exactness or flexibility: each only where what is finer does not fit.
+  for (const size of quick ? [1, 2] : [1, 2, 4]) {
+    const merged = mergeBlocks(graph, size);
+    if (size > 1 && (merged === graph || merged.blocks.length === search.blocks)) break;
+    search.blocks = merged.blocks.length;
+    for (const retainedDType of kinds) {
+      for (const update of updates) search.streamed(merged, size, update, retainedDType, fused, spaces);
+      if (search.best !== null) break;
+    }
+    if (search.best !== null) break;
+  }
+  return search;
+}
+
+/** Divisors of the accumulation, most tokens first, from as many as help down to one. */
+function fusions({ dims, gradientAccumulationSteps, batchDim = "B", tokenDim = "T" }: PlanRequest): number[] {
+  const tokens = (dims[batchDim] ?? 1) * (dims[tokenDim] ?? 1);
+  const divisors: number[] = [];
+  for (let k = gradientAccumulationSteps; k >= 1; k--)
+    if (gradientAccumulationSteps % k === 0 && (k === 1 || k * tokens <= MOST_TOKENS)) divisors.push(k);
+  const most = divisors.filter((k) => k * tokens >= ENOUGH_TOKENS || k === divisors[0]);
+  return [...new Set([...most, 1])];
+}
+
+/** Most exact first; a retained fp32 gradient is the sum itself. */
+const retainedDTypes = (graph: Graph): RetainedDType[] =>
+  graph.dtype === "float64"
+    ? ["float64"]
+    : graph.dtype === "bfloat16"
+      ? ["bfloat16", "dynamic8"]
+      : ["float32", "bfloat16", "dynamic8"];
+
+class Search {
+  best: Timed | null = null;
+  blocks = 0;
+  private readonly attempts: Timed[] = [];
+
+  constructor(
+    private readonly graph: Graph,
+    private readonly request: PlanRequest,
+    private readonly limits: Budget,
+  ) {}
+
+  /** Everything on the device; depth-first, since nothing is fetched and few boundaries live. */
+  resident(fused: readonly number[]): void {
+    const { clip } = this.request;
+    const update: UpdateOrder = "end";
+    for (const recompute of ["none", "all"] as const) {
+      for (const k of fused) {
+        const attempt = this.try({
+          graph: this.graph,
+          merged: 1,
+          schedule: "depthFirst",
+          recompute,
+          update,
+          clip,
+          retainedDType: "float32",
+          boundary: "device",
+          prefetch: 0,
+          fused: k,
+          far: "device",
+        });
+        if (attempt.over === null) return;
+        if (attempt.lowerBound) break;
+      }
+    }
+  }
+
+  streamed(
+    graph: Graph,
+    merged: number,
+    update: UpdateOrder,
+    retainedDType: RetainedDType,
+    fused: readonly number[],
+    spaces: readonly Space3[],
+  ): void {
+    const { clip } = this.request;
+    const far: Space3 = spaces.includes("host") ? "host" : "device";
+    const common = {
+      graph,
+      merged,
+      schedule: "breadthFirst",
+      recompute: "all",
+      update,
+      clip,
+      retainedDType,
+      far,
+    } as const;
+    // What its plain sums refuse with nothing fused is refused however else it is arranged.
+    const least: Shape = { ...common, boundary: spaces.at(-1)!, prefetch: 0, fused: 1 };
+    if (leastOver(least, this.request, this.limits) !== null) {
+      this.try(least);
+      return;
+    }
+    // By boundaries' home, what a shape lacked: a smaller one is tried only where it may save as much.
+    const lacking = new Map<Space3, { shape: Shape; bytes: number }>();
+    for (const prefetch of [1, 0]) {
+      for (const k of fused) {
+        let fits = false;
+        for (const boundary of spaces) {
+          const shape: Shape = { ...common, boundary, prefetch, fused: k };
+          // A disk is for what the memories do not hold.
+          if (boundary === "disk" && fits) continue;
+          const known = lacking.get(boundary);
+          if (known !== undefined && saved(known.shape, shape, this.request) < known.bytes) continue;
+          const attempt = this.try(shape);
+          if (attempt.over === null) {
+            fits = true;
+            this.earlier(attempt);
+          } else if (known === undefined || attempt.over.bytes < known.bytes)
+            lacking.set(boundary, { shape, bytes: attempt.over.bytes });
+        }
+        if (fits && k * this.tokens() >= Math.min(ENOUGH_TOKENS, fused[0]! * this.tokens())) return;
+      }
+      if (this.best !== null) return;
+    }
+  }
+
+  /** Where the device waits, fetching two visits ahead may hide it. */
+  private earlier({ shape, simulation }: Attempt): void {
+    const idle = 1 - simulation!.busySeconds.compute / simulation!.seconds;
+    if (shape.prefetch === 1 && shape.far !== "device" && idle > 0.02) this.try({ ...shape, prefetch: 2 });
+  }
+
+  private tokens(): number {
+    const { dims, batchDim = "B", tokenDim = "T" } = this.request;
+    return (dims[batchDim] ?? 1) * (dims[tokenDim] ?? 1);
+  }
+  private try(shape: Shape): Attempt {
+    const attempt = this.timed(fitShape(shape, this.request, this.limits));
+    this.attempts.push(attempt);
+    if (attempt.over === null && (this.best === null || better(attempt, this.best))) this.best = attempt;
+    return attempt;
+  }
+
+  private timed(attempt: Attempt): Timed {
+    const tokens = this.tokens() * this.request.gradientAccumulationSteps;
+    return { ...attempt, tokensPerSecond: attempt.simulation === null ? 0 : tokens / attempt.simulation.seconds };
+  }
+
+  result(): AutoPlan {
+    const fitting = this.best;
+    // Where nothing fits, what lacks least.
+    const chosen = fitting ?? this.nearest();
+    const { shape, peaks, written, simulation } = chosen;
+    const { dims, batchDim = "B", gradientAccumulationSteps } = this.request;
+    const report: PlanReport = {
+      fits: fitting !== null,
+      order: shape.schedule,
+      update: shape.update,
+      microBatch: {
+        rows: (dims[batchDim] ?? 1) * shape.fused,
+        fused: shape.fused,
+        count: gradientAccumulationSteps / shape.fused,
+      },
+      placements: describePlacement(written!.step, peaks!),
+      peakDeviceBytes: peaks!.deviceBytes,
+      peakHostBytes: peaks!.hostBytes,
+      peakDiskBytes: peaks!.diskBytes,
+      bytesToDevicePerStep: simulation!.bytesToDevice,
+      bytesFromDevicePerStep: simulation!.bytesFromDevice,
+      predictedStepSeconds: simulation!.seconds,
+      predictedTokensPerSecond: chosen.tokensPerSecond,
+      boundBy: simulation!.boundBy,
+      alternatives: this.alternatives(chosen),
+    };
+    return {
+      report,
+      graph: shape.graph,
+      blocksMerged: shape.merged,
+      policy: written!.policy,
+      tapes: { step: written!.step, flush: written!.flush },
+      simulation: simulation!,
+      usable: this.limits,
+      missing: fitting === null ? { bytes: chosen.over!.bytes, cure: cureFor(this.graph, this.request, chosen) } : null,
+    };
+  }
+
+  /** Where nothing fits: what lacks least, written all the same. */
+  private nearest(): Timed {
+    const least = this.attempts.toSorted((a, b) => a.over!.bytes - b.over!.bytes)[0]!;
+    return least.written === null ? this.timed(fitShape(least.shape, this.request, this.limits, true)) : least;
+  }
+
+  /** The best of each kind: those that fit first, then by what they lack. */
+  private alternatives(chosen: Timed): Alternative[] {
+    const kinds = new Map<string, Timed>();
+    const rank = (a: Timed) => (a.over === null ? -a.tokensPerSecond : a.over.bytes);
+    for (const a of this.attempts) {
+      const { far, schedule, recompute, boundary, retainedDType, merged } = a.shape;
+      const key = [far, schedule, recompute, boundary, retainedDType, merged].join();
+      const known = kinds.get(key);
+      if (a !== chosen && a.label !== chosen.label && (known === undefined || rank(a) < rank(known))) kinds.set(key, a);
+    }
+    return [...kinds.values()]
+      .sort((a, b) => Number(a.over !== null) - Number(b.over !== null) || rank(a) - rank(b))
+      .map((a) => ({
+        plan: a.label,
+        fits: a.over === null,
+        why: a.over === null ? slower(a, chosen) : a.over.why,
+        peakDeviceBytes: a.peaks?.deviceBytes ?? null,
+        peakHostBytes: a.peaks?.hostBytes ?? null,
+        predictedTokensPerSecond: a.simulation === null ? null : a.tokensPerSecond,
+      }));
+  }
+}
+
+type Timed = Attempt & { tokensPerSecond: number };
+
+/** Faster by more than a hundredth; else the one with less on the card. */
+function better(a: Timed, b: Timed): boolean {
+  const gain = a.tokensPerSecond / b.tokensPerSecond - 1;
+  if (Math.abs(gain) > 0.01) return gain > 0;
+  return a.peaks!.deviceBytes < b.peaks!.deviceBytes;
+}
+
+function slower(a: Timed, chosen: Timed): string {
+  const share = 1 - a.tokensPerSecond / chosen.tokensPerSecond;
+  if (share > 0.005) return `${(share * 100).toFixed(1)} % slower`;
+  const more = a.peaks!.deviceBytes - chosen.peaks!.deviceBytes;
+  return more > 0
+    ? `no faster, and ${(more / 1e9).toFixed(1)} GB more on the device`
+    : "no faster by more than a hundredth";
+}
+
+/** The nearest change of a budget, planned again: it does fit. */
+function cureFor(graph: Graph, request: PlanRequest, { over }: Attempt): string {
+  const { budget, profile } = request;
+  const kinds = [
+    ...(profile.device === "cuda" ? [{ key: "hostBytes", words: "host memory in all" } as const] : []),
+    { key: "diskBytes", words: "disk" } as const,
+    { key: "deviceBytes", words: "device memory in all" } as const,
+  ];
+  const cures: string[] = [];
+  for (const { key, words } of kinds) {
+    for (const factor of cures.length < 2 ? [1.05, 1.6] : []) {
+      const bytes = Math.ceil((budget[key] + over!.bytes * factor) / 1e9) * 1e9;
+      if (searched(graph, { ...request, budget: { ...budget, [key]: bytes } }, true).best === null) continue;
+      cures.push(`${bytes / 1e9} GB of ${words}`);
+      break;
+    }
+  }
+  return cures.length > 0
+    ? `It fits with ${cures.join(", or with ")}`
+    : "Shorter sequences or fewer micro-batches need less";
+}

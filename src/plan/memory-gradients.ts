@@ -1,0 +1,174 @@
+/**
+ * What libtorch allocates while it differentiates an op: one row for each op a graph may hold, from the formulas of
+ * tools/autograd/derivatives.yaml and FunctionsManual.cpp (2.13). A missing row is a type error.
+ */
+import type { OpName } from "../graph/schemas.js";
+import type { SizedCall, SizedValue } from "./cost-calls.js";
+
+/** The gradient of one tensor argument. */
+export interface Gradient {
+  to: SizedValue;
+  /** Bytes before it is reduced to the argument's shape; null: a view of the gradient that came in. */
+  raw: number | null;
+  /** Temporaries beside it while it is computed. */
+  temporary: number;
+}
+
+export type MemoryDevice = "cpu" | "cuda";
+type Row = (call: SizedCall, device: MemoryDevice) => Gradient[];
+
+const full = (call: SizedCall, to: SizedValue | null | undefined, temporaries = 0): Gradient[] =>
+  to?.grad ? [{ to, raw: call.out.bytes, temporary: temporaries * call.out.bytes }] : [];
+const own = (to: SizedValue | null | undefined, temporary = 0): Gradient[] =>
+  to?.grad ? [{ to, raw: to.bytes, temporary }] : [];
+const shared = (to: SizedValue | null | undefined): Gradient[] => (to?.grad ? [{ to, raw: null, temporary: 0 }] : []);
+
+/** A new tensor of the result's shape and so many temporaries of that size. */
+const unary =
+  (temporaries = 0): Row =>
+  (call) =>
+    full(call, call.tensors[0], temporaries);
+const view: Row = (call) => shared(call.tensors[0]);
+const selfSized: Row = (call) => own(call.tensors[0]);
+const none: Row = () => [];
+const passed: Row = (call) => call.tensors.flatMap((t) => (t.dtype === call.out.dtype ? shared(t) : full(call, t)));
+
+/** tensors[i] of an argument that may be null. */
+const argument = (call: SizedCall, i: number): SizedValue | null => call.args[i] as SizedValue | null;
+
+export const gradients: Readonly<Record<OpName, Row>> = {
+  neg: unary(),
+  abs: unary(1),
+  exp: unary(),
+  log: unary(),
+  sqrt: unary(1),
+  rsqrt: unary(2),
+  reciprocal: unary(2),
+  sin: unary(1),
+  cos: unary(2),
+  tanh: unary(),
+  sigmoid: unary(),
+  relu: unary(),
+  silu: unary(),
+  gelu: unary(),
+  add: passed,
+  sub: (call) => [...passed({ ...call, tensors: call.tensors.slice(0, 1) }, "cpu"), ...full(call, call.tensors[1])],
+  mul: (call) => call.tensors.flatMap((t) => full(call, t)),
+  div: (call) => [...full(call, call.tensors[0]), ...full(call, call.tensors[1], 2)],
+  maximum: (call) => call.tensors.flatMap((t) => full(call, t, 2)),
+  minimum: (call) => call.tensors.flatMap((t) => full(call, t, 2)),
+  addScalar: view,
+  subScalar: view,
+  mulScalar: unary(),
+  divScalar: unary(),
+  powScalar: unary(2),
+  scalarPow: unary(1),
+  eq: none,
+  ne: none,
+  lt: none,
+  le: none,
+  gt: none,
+  ge: none,
+  eqScalar: none,
+  neScalar: none,
+  ltScalar: none,
+  leScalar: none,
+  gtScalar: none,
+  geScalar: none,
+  logicalAnd: none,
+  logicalOr: none,
+  logicalNot: none,
+  where: (call) => call.tensors.slice(1).flatMap((t) => full(call, t)),
+  maskedFill: (call) => full(call, call.tensors[0]),
+  to: passed,
+  newOnes: none,
+  newZeros: none,
+  sum: view,
+  mean: selfSized,
+  amax: (call) => own(call.tensors[0], call.tensors[0]!.bytes),
+  cumsum: unary(2),
+  softmax: unary(),
+  logSoftmax: unary(),
+  layerNorm: (call) => [0, 2, 3].flatMap((i) => own(argument(call, i))),
+  view,
+  reshape: view,
+  transpose: view,
+  permute: view,
+  unsqueeze: view,
+  squeeze: view,
+  expand: (call) => (call.tensors[0]!.elements === call.out.elements ? view : selfSized)(call, "cpu"),
+  // Zeros of the whole, with the gradient copied into its part.
+  slice: selfSized,
+  select: selfSized,
+  contiguous: view,
+  cat: passed,
+  stack: passed,
+  repeatInterleave: selfSized,
+  matmul: (call) => call.tensors.flatMap((t) => own(t)),
+  linear: (call) => call.tensors.flatMap((t) => own(t)),
+  embedding: (call) => own(call.tensors[0]),
+  indexSelect: selfSized,
+  scaledDotProductAttention: (call, device) => {
+    const [q, k, v] = call.tensors as [SizedValue, SizedValue, SizedValue];
+    const [batch, heads, rows, headDim] = q.shape as [number, number, number, number];
+    // FlashAttention 2: gradients of queries are summed in fp32, those of a group's keys and values before they are added.
+    const padded = Math.ceil(rows / 128) * 128;
+    const sums = batch * heads * padded * (Math.ceil(headDim / 32) * 32 + 1) * 4;
+    const expanded = heads === k.shape[1] ? 0 : (2 * k.bytes * heads) / k.shape[1]!;
+    const temporary = device === "cuda" ? sums + expanded : 0;
+    return [...own(k), ...own(v), ...own(q, temporary)];
+  },
+  // Made in the forward and held: handed over as they are.
+  crossEntropyHead: (call) => [0, 1, 2].flatMap((i) => shared(argument(call, i))),
+  dropout: unary(),
+};
+
+/** Attention makes a bool mask additive, in the queries' dtype, and saves that one. */
+export function additiveMask(call: SizedCall): { of: number; bytes: number } | null {
+  if (call.op !== "scaledDotProductAttention") return null;
+  const mask = argument(call, 3);
+  const q = call.tensors[0]!;
+  return mask?.dtype === "bool" ? { of: mask.id, bytes: (mask.elements * q.bytes) / q.elements } : null;
+}
+
+/** Temporaries of an op's forward that are gone when it returns, beside its result and what it saves. */
+export function forwardTemporary(call: SizedCall, grad: boolean): number {
+  switch (call.op) {
+    case "crossEntropyHead":
+      return headTemporary(call, grad);
+    case "scaledDotProductAttention": {
+      const q = call.tensors[0]!;
+      const logsumexp = grad ? 0 : (q.elements / q.shape[3]!) * 4;
+      return logsumexp + (grad ? 0 : (additiveMask(call)?.bytes ?? 0));
+    }
+    case "dropout":
+      return call.out.bytes;
+    default:
+      return 0;
+  }
+}
+
+/**
+ * Our chunked head, statement by statement (native/kernels/cross_entropy_head.cc): its highest beside the gradients that it
+ * returns, which are there from the first chunk's end.
+ */
+function headTemporary(call: SizedCall, grad: boolean): number {
+  const [x, w] = call.tensors as [SizedValue, SizedValue];
+  const [rows, vocabulary] = [x.shape[0]!, w.shape[0]!];
+  const chunk = Math.min(rows, call.args[5] as number);
+  const each = x.bytes / x.elements;
+  const wide = Math.max(4, each);
+  const widened = each < 4;
+  const logits = chunk * vocabulary;
+  // logits, their fp32 copy and log-probabilities.
+  const forward = logits * (each + wide + (widened ? wide : 0));
+  if (!grad) return forward;
+  // log-probabilities, the loss's gradient and the softmax's.
+  const softmax = Math.max(forward, 3 * logits * wide);
+  const held = call.savedOwnBytes.reduce((sum, n) => sum + n, 0);
+  const narrowed = widened ? logits * (wide + each) : 0;
+  const product = logits * (widened ? each : wide);
+  if (rows <= chunk) return Math.max(softmax - held, narrowed - held, product);
+  // Later chunks make a weight gradient of their own before it is added; the chunks of dx are joined at the end.
+  return Math.max(softmax, narrowed, product + (w.grad ? w.bytes : 0), x.grad ? x.bytes : 0);
+}

@@ -1,0 +1,156 @@
+/**
+ * Runs a tape in time: every queue takes its instructions in order, each begins when its queue is free and all that it
+ * waits for has completed. No device, no data.
+ */
+import { evaluate } from "../graph/dims.js";
+import type { Dim, DType, Graph } from "../graph/types.js";
+import { dtypeBytes } from "../graph/value.js";
+import { CostModel } from "./cost.js";
+import { passWorkspace } from "./memory.js";
+import type { MachineProfile } from "./profiles.js";
+import type { Queue, Tape } from "./types.js";
+
+export type BoundBy = "compute" | "memory" | "hostToDevice" | "deviceToHost" | "disk";
+
+export interface Simulation {
+  seconds: number;
+  busySeconds: Record<Queue, number>;
+  /** What a faster one of would shorten the step. memory: that of the device, in sums, updates and elementwise work. */
+  boundBy: BoundBy;
+  flops: number;
+  bytesToDevice: number;
+  bytesFromDevice: number;
+  bytesLoaded: number;
+  bytesSaved: number;
+  /** Of the bytes to and from the device, those of parameters and optimizer state. */
+  stateBytesToDevice: number;
+  stateBytesFromDevice: number;
+  /** By instruction. */
+  start: Float64Array;
+  end: Float64Array;
+}
+
+/** `dims`: sizes of a micro-batch, for a tape whose boundaries lie in slots. Throws SHAPE where one is missing. */
+export function simulate(
+  graph: Graph,
+  tape: Tape,
+  profile: MachineProfile,
+  dims: Readonly<Record<string, number>> = tape.dims ?? {},
+): Simulation {
+  const costs = new CostModel(graph, tape, dims, profile);
+  const n = tape.instructions.length;
+  const start = new Float64Array(n);
+  const end = new Float64Array(n);
+  const free: Record<Queue, number> = { compute: 0, in: 0, out: 0, load: 0, save: 0 };
+  const busySeconds = { ...free };
+  const bytes = { ...free };
+  const stateBytes = { ...free };
+  let [memorySeconds, flops, seconds] = [0, 0, 0];
+  for (const [i, at] of tape.instructions.entries()) {
+    const queue: Queue = at.op === "copy" ? at.queue : "compute";
+    const cost = costs.of(at);
+    let from = free[queue];
+    for (const w of at.waits) from = Math.max(from, end[w]!);
+    start[i] = from;
+    end[i] = free[queue] = from + cost.seconds;
+    busySeconds[queue] += cost.seconds;
+    memorySeconds += cost.memorySeconds;
+    flops += cost.flops;
+    seconds = Math.max(seconds, end[i]!);
+    if (at.op !== "copy") continue;
+    bytes[queue] += at.bytes;
+    if (at.operand.kind === "param" || at.operand.kind === "state") stateBytes[queue] += at.bytes;
+  }
+  return {
+    seconds,
+    busySeconds,
+    boundBy: boundBy(busySeconds, memorySeconds),
+    flops,
+    bytesToDevice: bytes.in,
+    bytesFromDevice: bytes.out,
+    bytesLoaded: bytes.load,
+    bytesSaved: bytes.save,
+    stateBytesToDevice: stateBytes.in,
+    stateBytesFromDevice: stateBytes.out,
+    start,
+    end,
+  };
+}
+
+/** The busiest queue; compute is bound by memory where most of it moves bytes. */
+function boundBy(busy: Record<Queue, number>, memorySeconds: number): BoundBy {
+  const disk = Math.max(busy.load, busy.save);
+  const most = Math.max(busy.compute, busy.in, busy.out, disk);
+  if (most === busy.compute) return memorySeconds > busy.compute / 2 ? "memory" : "compute";
+  return most === busy.in ? "hostToDevice" : most === busy.out ? "deviceToHost" : "disk";
+}
+
+export interface TapePeaks {
+  /** Arena, slots and what libtorch holds, at the highest. */
+  deviceBytes: number;
+  hostBytes: number;
+  diskBytes: number;
+  /** Of deviceBytes: the arena; and of what is beside it, the highest. */
+  arenaBytes: number;
+  workspaceBytes: number;
+}
+
+/** Bytes that carrying out a tape takes. `dims` as in `simulate`. */
+export function tapePeaks(
+  graph: Graph,
+  tape: Tape,
+  device: "cpu" | "cuda",
+  dims: Readonly<Record<string, number>> = tape.dims ?? {},
+): TapePeaks {
+  const slots = new SlotSizes(graph, tape, dims);
+  const { arenas } = tape.placement;
+  let [kept, workspaceBytes] = [0, 0];
+  for (const at of tape.instructions) {
+    if (at.op !== "forward" && at.op !== "turn" && at.op !== "backward") continue;
+    const pass = passWorkspace(graph, at.block, dims, { device });
+    const beside = kept + slots.live;
+    if (at.op === "forward") {
+      workspaceBytes = Math.max(workspaceBytes, beside + (at.keep ? pass.keepingForward : pass.forward));
+      if (at.keep) kept += pass.kept;
+    } else if (at.op === "backward" && tape.recompute === "none") {
+      workspaceBytes = Math.max(workspaceBytes, beside + pass.keptBackward - pass.kept);
+      kept -= pass.kept;
+    } else workspaceBytes = Math.max(workspaceBytes, beside + pass.backward);
+    slots.write(at);
+  }
+  return {
+    deviceBytes: arenas.deviceBytes + workspaceBytes,
+    hostBytes: arenas.hostBytes,
+    diskBytes: arenas.diskBytes,
+    arenaBytes: arenas.deviceBytes,
+    workspaceBytes,
+  };
+}
+
+/** Boundaries in slots: a slot holds its tensor until another is written there. */
+class SlotSizes {
+  live = 0;
+  private readonly held: number[] = [];
+
+  constructor(
+    private readonly graph: Graph,
+    private readonly tape: Tape,
+    private readonly dims: Readonly<Record<string, number>>,
+  ) {}
+
+  write(at: Extract<Tape["instructions"][number], { op: "forward" | "turn" | "backward" }>): void {
+    const program = this.graph.programs[this.graph.blocks[at.block]!.program]!;
+    const into = at.op === "forward" ? at.out : at.dIn;
+    const specs = at.op === "forward" ? program.outputs : program.inputs;
+    for (const [i, p] of into.entries()) {
+      const place = p < 0 ? undefined : this.tape.places[p];
+      if (place?.space !== "slot") continue;
+      const bytes = sizeOf(specs[i]!, this.dims);
+      this.live += bytes - (this.held[place.offset] ?? 0);
+      this.held[place.offset] = bytes;
+    }
+  }
+}
+
+const sizeOf = (t: { dtype: DType; shape: Dim[] }, dims: Readonly<Record<string, number>>): number =>
+  t.shape.reduce<number>((n, d) => n * evaluate(d, dims), 1) * dtypeBytes(t.dtype);
