@@ -41,6 +41,11 @@ export const COMMANDS: readonly CommandEntry[] = [
     load: async () => any((await import("./inspect.js")).inspectCommand),
   },
   {
+    command: "plan",
+    describe: "Say whether a model trains in given memory, where every byte lives, and how fast",
+    load: async () => any((await import("./plan.js")).planCommand),
+  },
+  {
     command: "data",
     describe: "Look into data, or simulate planets",
     load: async () => any((await import("./data.js")).dataCommand),

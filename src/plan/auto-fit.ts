@@ -6,7 +6,7 @@ import { evaluate } from "../graph/dims.js";
 import type { Dim, DType, Graph } from "../graph/types.js";
 import { dtypeBytes } from "../graph/value.js";
 import type { PlanRequest } from "./auto.js";
-import type { Budget } from "./budget.js";
+import { type Budget, showSize } from "./budget.js";
 import { blockLayouts } from "./layout.js";
 import { passWorkspace } from "./memory.js";
 import { type Simulation, simulate, type TapePeaks, tapePeaks } from "./simulate.js";
@@ -203,9 +203,9 @@ function excess(peaks: TapePeaks, limits: Budget): Attempt["over"] {
   const { space } = over[0]!;
   const bytes = over.reduce((sum, o) => sum + o.bytes, 0);
   const parts = over.map(
-    (o) => `${gb(peaks[`${o.space}Bytes`])} on the ${o.space} of ${gb(limits[`${o.space}Bytes`])}`,
+    (o) => `${showSize(peaks[`${o.space}Bytes`])} on the ${o.space} of ${showSize(limits[`${o.space}Bytes`])}`,
   );
-  return { space, bytes, why: `does not fit by ${gb(bytes)}: ${parts.join(", ")} usable` };
+  return { space, bytes, why: `does not fit by ${showSize(bytes)}: ${parts.join(", ")} usable` };
 }
 
 /** What a shape takes at the least, in all places together; null where that fits. */
@@ -236,16 +236,16 @@ export function leastOver(shape: Shape, request: PlanRequest, limits: Budget): A
   const needed = state + sums + kept + workspace + Math.max(boundaries, retained);
   if (needed <= all) return null;
   const parts = [
-    `${gb(state)} of parameters and optimizer state`,
-    `${gb(sums)} of gradient sums`,
-    retained > boundaries ? `${gb(retained)} of retained gradients` : `${gb(boundaries)} of boundaries`,
-    ...(kept > 0 ? [`${gb(kept)} of kept graphs`] : []),
+    `${showSize(state)} of parameters and optimizer state`,
+    `${showSize(sums)} of gradient sums`,
+    retained > boundaries ? `${showSize(retained)} of retained gradients` : `${showSize(boundaries)} of boundaries`,
+    ...(kept > 0 ? [`${showSize(kept)} of kept graphs`] : []),
   ];
   const where = far === "device" ? "of device memory" : "in all";
   return {
     space: far === "device" ? "device" : "host",
     bytes: needed - all,
-    why: `does not fit by ${gb(needed - all)}: ${parts.join(", ")}, and ${gb(all)} ${where} is usable`,
+    why: `does not fit by ${showSize(needed - all)}: ${parts.join(", ")}, and ${showSize(all)} ${where} is usable`,
   };
 }
 
@@ -274,8 +274,6 @@ const outputBytes = (o: { dtype: DType; shape: Dim[] }, dims: Readonly<Record<st
 function fusedDims({ fused }: Shape, { dims, batchDim = "B" }: PlanRequest): Record<string, number> {
   return { ...dims, [batchDim]: (dims[batchDim] ?? 1) * fused };
 }
-
-export const gb = (bytes: number): string => `${(bytes / 1e9).toFixed(bytes < 1e10 ? 2 : 1)} GB`;
 
 function labelOf(s: Shape): string {
   const retained = s.update === "forward" ? `, gradients retained as ${s.retainedDType}` : "";

@@ -11,8 +11,7 @@ import { StromaError } from "../errors.js";
 import type { Graph } from "../graph/types.js";
 import { describePlacement, type PlacementTable } from "./auto-describe.js";
 import { type Attempt, fitShape, leastOver, type Shape, saved } from "./auto-fit.js";
-import type { Budget } from "./budget.js";
-import { usable } from "./budget.js";
+import { type Budget, showSize, usable } from "./budget.js";
 import { mergeBlocks } from "./merge-blocks.js";
 import type { MachineProfile } from "./profiles.js";
 import type { BoundBy, Simulation } from "./simulate.js";
@@ -326,9 +325,7 @@ function slower(a: Timed, chosen: Timed): string {
   const share = 1 - a.tokensPerSecond / chosen.tokensPerSecond;
   if (share > 0.005) return `${(share * 100).toFixed(1)} % slower`;
   const more = a.peaks!.deviceBytes - chosen.peaks!.deviceBytes;
-  return more > 0
-    ? `no faster, and ${(more / 1e9).toFixed(1)} GB more on the device`
-    : "no faster by more than a hundredth";
+  return more > 0 ? `no faster, and ${showSize(more)} more on the device` : "no faster by more than a hundredth";
 }
 
 /** The nearest change of a budget, planned again: it does fit. */
@@ -342,9 +339,12 @@ function cureFor(graph: Graph, request: PlanRequest, { over }: Attempt): string 
   const cures: string[] = [];
   for (const { key, words } of kinds) {
     for (const factor of cures.length < 2 ? [1.05, 1.6] : []) {
-      const bytes = Math.ceil((budget[key] + over!.bytes * factor) / 1e9) * 1e9;
+      // In whole gigabytes, or hundredths of what is small.
+      const wanted = budget[key] + over!.bytes * factor;
+      const unit = wanted > 1e10 ? 1e9 : 10 ** (Math.floor(Math.log10(wanted)) - 1);
+      const bytes = Math.ceil(wanted / unit) * unit;
       if (searched(graph, { ...request, budget: { ...budget, [key]: bytes } }, true).best === null) continue;
-      cures.push(`${bytes / 1e9} GB of ${words}`);
+      cures.push(`${showSize(bytes)} of ${words}`);
       break;
     }
   }

@@ -42,3 +42,9 @@ export const usable = ({ deviceBytes, hostBytes, diskBytes }: Budget): Budget =>
   hostBytes: hostBytes - Math.min(2e9, hostBytes / 20),
   diskBytes,
 });
+
+/** 24e9 -> "24 GB", 1.234e9 -> "1.23 GB", 0 -> "0": decimal, three digits. */
+export function showSize(bytes: number): string {
+  const [unit, scale] = bytes >= 1e9 ? ["GB", 1e9] : bytes >= 1e6 ? ["MB", 1e6] : ["kB", 1e3];
+  return bytes === 0 ? "0" : `${Number((bytes / scale).toPrecision(3))} ${unit}`;
+}

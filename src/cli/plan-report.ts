@@ -1,0 +1,201 @@
+/** How a plan reads: a table of where every byte lives, bars for card and host, time, and why not otherwise. */
+import type { AutoPlan, PlanRequest } from "../plan/auto.js";
+import { PLACED_KINDS, type PlacedKind } from "../plan/auto-describe.js";
+import { showSize } from "../plan/budget.js";
+import type { Instruction, P, Tape } from "../plan/types.js";
+import { formatDuration, formatInteger } from "./ui/format.js";
+
+const WORDS: Readonly<Record<PlacedKind, string>> = {
+  parameters: "parameters",
+  optimizer: "optimizer state",
+  retained: "retained gradients",
+  boundaries: "block boundaries",
+  slabs: "blocks in flight, gradient sums",
+  workspace: "workspace of a pass",
+};
+
+/** A table's and a bar's sizes; nothing is a dash. */
+const gigabytes = (bytes: number): string => (bytes === 0 ? "-" : showSize(bytes));
+const seconds = (s: number): string => (s < 1 ? `${(s * 1e3).toPrecision(3)} ms` : formatDuration(s));
+
+const BAR = 40;
+
+function bar(name: string, used: number, usable: number, given: number): string {
+  const cells = Math.min(BAR, Math.round((used / given) * BAR));
+  const end = Math.min(BAR, Math.round((usable / given) * BAR));
+  const free = "·".repeat(Math.max(0, end - cells));
+  const kept = "x".repeat(Math.max(0, BAR - Math.max(cells, end)));
+  const over = used > usable ? `, ${gigabytes(used - usable)} too much` : "";
+  return `${name.padEnd(7)}[${"#".repeat(cells)}${free}${kept}] ${gigabytes(used)} of ${gigabytes(usable)} usable (${gigabytes(given)})${over}`;
+}
+
+/** The whole answer for people. */
+export function planText(name: string, plan: AutoPlan, request: PlanRequest, notes: readonly string[]): string {
+  const { report, simulation, usable } = plan;
+  const { budget, profile, state } = request;
+  const device = profile.device === "cpu" ? "memory" : "card";
+  const parameters = plan.graph.parameters.reduce((n, p) => n + p.shape.reduce((a, b) => a * b, 1), 0);
+  const rows = (request.dims.B ?? 1) * request.gradientAccumulationSteps;
+  const tokens = rows * (request.dims.T ?? 1);
+  const master = state.masterWeight === "none" ? "" : `, ${state.masterWeight} master weights`;
+  const lines = [
+    `${name}: ${formatInteger(parameters)} parameters in ${state.storage}${master}, ${state.optimizer}, clip ${request.clip}`,
+    `a step: ${request.gradientAccumulationSteps} micro-batches of ${request.dims.B} x ${request.dims.T} tokens, ${formatInteger(tokens)} in all`,
+    "",
+    report.fits
+      ? `It fits. ${howText(plan)}`
+      : `It does not fit: ${gigabytes(plan.missing!.bytes)} are missing. ${plan.missing!.cure}.`,
+    ...(report.fits ? [] : [`The nearest: ${howText(plan)}`]),
+    "",
+    ...placements(plan, device),
+    "",
+    bar(device, report.peakDeviceBytes, usable.deviceBytes, budget.deviceBytes),
+    ...(budget.hostBytes > 0 ? [bar("host", report.peakHostBytes, usable.hostBytes, budget.hostBytes)] : []),
+    ...(budget.diskBytes > 0 ? [bar("disk", report.peakDiskBytes, usable.diskBytes, budget.diskBytes)] : []),
+    "",
+    `time      ${seconds(report.predictedStepSeconds)} a step, ${formatInteger(Math.round(report.predictedTokensPerSecond))} tokens/s predicted on ${profile.name}; bound by ${BOUND[report.boundBy]}`,
+    `busy      ${busyText(plan)}`,
+    ...(simulation.bytesToDevice + simulation.bytesFromDevice > 0
+      ? [
+          `traffic   ${gigabytes(report.bytesToDevicePerStep)} to the device and ${gigabytes(report.bytesFromDevicePerStep)} from it a step; ` +
+            `parameters and state: ${(simulation.stateBytesToDevice / parameters).toFixed(2)} and ${(simulation.stateBytesFromDevice / parameters).toFixed(2)} bytes a parameter`,
+        ]
+      : []),
+    ...(simulation.bytesLoaded + simulation.bytesSaved > 0
+      ? [`disk      ${gigabytes(simulation.bytesLoaded)} read and ${gigabytes(simulation.bytesSaved)} written a step`]
+      : []),
+    ...notes.map((note) => `note      ${note}`),
+  ];
+  if (report.alternatives.length > 0) {
+    lines.push("", "Not taken:");
+    for (const { plan: what, why, peakDeviceBytes, predictedTokensPerSecond, fits } of report.alternatives) {
+      const facts = fits
+        ? ` (${gigabytes(peakDeviceBytes!)} ${device}, ${formatInteger(Math.round(predictedTokensPerSecond!))} tokens/s)`
+        : "";
+      lines.push(`  ${what}`, `      ${why}${facts}`);
+    }
+  }
+  return `${lines.join("\n")}\n`;
+}
+
+const BOUND = {
+  compute: "arithmetic",
+  memory: "the device's memory",
+  hostToDevice: "the link to the device",
+  deviceToHost: "the link from the device",
+  disk: "the disk",
+} as const;
+
+function howText({ report, policy, blocksMerged, graph }: AutoPlan): string {
+  const { order, update, microBatch } = report;
+  const how =
+    order === "breadthFirst"
+      ? "The whole batch passes through a block before the next is fetched"
+      : "Each micro-batch passes through all blocks";
+  const fused = microBatch.fused > 1 ? `, ${microBatch.fused} micro-batches at once` : "";
+  const updated = {
+    end: "updated after all backwards",
+    backward: "updated right after its last backward",
+    forward: `updated in the next step's forward, its gradient kept as ${policy.retainedDType} until the global norm is known`,
+  }[update];
+  const merged = blocksMerged > 1 ? ` ${blocksMerged} layers make a block (${graph.blocks.length} blocks).` : "";
+  const recompute = policy.recompute === "all" ? "Forwards run again in the backward." : "Autograd graphs are kept.";
+  return `${how} (${order})${fused}; a block is ${updated}. ${recompute}${merged}`;
+}
+
+function placements(plan: AutoPlan, device: string): string[] {
+  const { placements: table, peakDeviceBytes, peakHostBytes, peakDiskBytes } = plan.report;
+  const spaces = (["device", "host", "disk"] as const).filter(
+    (s) => s === "device" || PLACED_KINDS.some((k) => table[k][s] > 0),
+  );
+  const total = { device: peakDeviceBytes, host: peakHostBytes, disk: peakDiskBytes };
+  const row = (name: string, cells: string[]) => `${name.padEnd(34)}${cells.map((c) => c.padStart(11)).join("")}`;
+  return [
+    row(
+      "where",
+      spaces.map((s) => (s === "device" ? device : s)),
+    ),
+    ...PLACED_KINDS.filter((k) => spaces.some((s) => table[k][s] > 0)).map((k) =>
+      row(
+        WORDS[k],
+        spaces.map((s) => gigabytes(table[k][s])),
+      ),
+    ),
+    row(
+      "highest",
+      spaces.map((s) => gigabytes(total[s])),
+    ),
+  ];
+}
+
+function busyText({ simulation: { seconds, busySeconds } }: AutoPlan): string {
+  const share = (s: number) => `${Math.round((s / seconds) * 100)} %`;
+  const queues = [
+    ["compute", busySeconds.compute],
+    ["to the device", busySeconds.in],
+    ["from the device", busySeconds.out],
+    ["disk reads", busySeconds.load],
+    ["disk writes", busySeconds.save],
+  ] as const;
+  return queues
+    .filter(([, s]) => s > 0)
+    .map(([name, s]) => `${name} ${share(s)}`)
+    .join(", ");
+}
+
+/** The tape, an instruction a line: position, milliseconds, queue, what, from and to where, after what. */
+export function tapeText(plan: AutoPlan): string {
+  const { step } = plan.tapes;
+  const { start, end } = plan.simulation;
+  const lines = [
+    `${step.instructions.length} instructions, ${step.places.length} places; d: device, h: host, f: disk, s: slot; @ offset`,
+    "",
+  ];
+  for (const [i, at] of step.instructions.entries()) {
+    const queue = at.op === "copy" ? at.queue : "compute";
+    const waits = at.waits.length > 0 ? `  after ${at.waits.join(", ")}` : "";
+    lines.push(
+      `${String(i).padStart(6)} ${(start[i]! * 1e3).toFixed(1).padStart(10)} ${((end[i]! - start[i]!) * 1e3).toFixed(1).padStart(8)} ms  ${queue.padEnd(8)}${what(plan, step, at)}${waits}`,
+    );
+  }
+  return `${lines.join("\n")}\n`;
+}
+
+function what(plan: AutoPlan, tape: Tape, i: Instruction): string {
+  const at = (p: P) => placeText(tape, p);
+  const list = (ps: readonly P[]) =>
+    ps
+      .filter((p) => p >= 0)
+      .map(at)
+      .join(" ");
+  const block = (b: number) => plan.graph.blocks[b]!.name;
+  switch (i.op) {
+    case "forward":
+      return `forward ${block(i.block)} #${i.microBatch}  ${list([...i.params, ...i.in])} -> ${list(i.out)}`;
+    case "turn":
+      return `turn ${block(i.block)} #${i.microBatch}  ${list([...i.params, ...i.in])} -> ${list(i.dIn)}, sums ${at(i.sums)}`;
+    case "backward":
+      return `backward ${block(i.block)} #${i.microBatch}  ${list([...i.params, ...i.in, ...i.dOut])} -> ${list(i.dIn)}, sums ${at(i.sums)}`;
+    case "cast":
+      return `cast ${block(i.block)}  ${at(i.from)} -> ${at(i.to)}`;
+    case "norm":
+      return `norm ${block(i.block)}  ${list(i.sums)}`;
+    case "coefficient":
+      return "coefficient";
+    case "pack":
+      return `pack ${block(i.block)} as ${i.dtype}  ${list(i.sums)} -> ${at(i.to)}`;
+    case "update":
+      return `update ${block(i.block)} from ${i.from}  ${list(i.grad)} -> ${list([i.param, i.state])}`;
+    case "copy": {
+      const { kind, block: b } = i.operand;
+      const which = "microBatch" in i.operand ? ` #${i.operand.microBatch}` : "";
+      return `${kind} of ${block(b)}${which}  ${at(i.from)} -> ${at(i.to)}  ${gigabytes(i.bytes)} at ${i.at}`;
+    }
+  }
+}
+
+function placeText(tape: Tape, p: P): string {
+  if (p < 0) return "none";
+  const { space, offset } = tape.places[p]!;
+  return `${{ device: "d", host: "h", disk: "f", slot: "s" }[space]}@${offset}`;
+}

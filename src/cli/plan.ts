@@ -1,0 +1,155 @@
+/** `stroma plan`: whether a model trains on a machine, where every byte would live, and how fast. Needs no libtorch. */
+import { totalmem } from "node:os";
+import type { CommandModule } from "yargs";
+import { StromaError } from "../errors.js";
+import { findModel, modelNames } from "../models/registry.js";
+import { type ProbeReport, probeMachine } from "../native.js";
+import { type AutoPlan, type PlanRequest, planAuto } from "../plan/auto.js";
+import { parseSize } from "../plan/budget.js";
+import { findProfile, type MachineProfile, profileNames, profileOfCard } from "../plan/profiles.js";
+import type { StateFormat } from "../plan/types.js";
+import { planText, tapeText } from "./plan-report.js";
+
+export interface PlanArguments {
+  model: string;
+  devices: number;
+  "device-memory"?: string;
+  "host-memory"?: string;
+  disk: string;
+  "sequence-length": number;
+  "micro-batch-size": number;
+  "gradient-accumulation-steps": number;
+  optimizer: "adamw" | "adamw8bit";
+  precision?: "float32" | "float64" | "bfloat16";
+  "master-weight"?: StateFormat["masterWeight"];
+  clip: PlanRequest["clip"];
+  profile?: string;
+  tape?: boolean;
+  json?: boolean;
+}
+
+export const planCommand: CommandModule<object, PlanArguments> = {
+  command: "plan",
+  describe: "Say whether a model trains in given memory, where every byte lives, and how fast",
+  builder: (yargs) =>
+    yargs
+      .options({
+        model: {
+          type: "string",
+          demandOption: true,
+          describe: `A preset (${modelNames().join(", ")}) or a Hugging Face folder or config.json`,
+        },
+        devices: { type: "number", default: 1, describe: "Cards; one so far" },
+        "device-memory": {
+          type: "string",
+          describe: "Of the card, e.g. 24GB (1e9 each) or 24GiB (2^30). Default: this machine's",
+        },
+        "host-memory": { type: "string", describe: "Beside the card, e.g. 64GB. Default: what this process may use" },
+        disk: { type: "string", default: "0", describe: "Room on disk for what fits nowhere else, e.g. 200GB" },
+        "sequence-length": { type: "number", default: 512, describe: "Tokens T of a row" },
+        "micro-batch-size": { type: "number", default: 1, describe: "Rows of a micro-batch" },
+        "gradient-accumulation-steps": { type: "number", default: 32, describe: "Micro-batches of a step" },
+        optimizer: { choices: ["adamw", "adamw8bit"] as const, default: "adamw" as const, describe: "Optimizer" },
+        precision: {
+          choices: ["float32", "float64", "bfloat16"] as const,
+          describe: "Of parameters and passes. Default: bfloat16 on a card, float32 on a CPU",
+        },
+        "master-weight": {
+          choices: ["none", "split16", "float32"] as const,
+          describe: "Of bfloat16 parameters; none: updates round stochastically. Default: float32",
+        },
+        clip: {
+          choices: ["none", "block", "global"] as const,
+          default: "global" as const,
+          describe: "Gradients clipped by the norm of all, of each block, or not",
+        },
+        profile: { choices: profileNames(), describe: "Whose speed is predicted. Default: this machine's" },
+        tape: { type: "boolean", conflicts: "json", describe: "Also every instruction of the step" },
+        json: { type: "boolean", describe: "One JSON object instead of text" },
+      })
+      .example("$0 plan --model tiny", "on this machine")
+      .example(
+        "$0 plan --model astro-13b --device-memory 24GB --host-memory 64GB --optimizer adamw8bit --master-weight none",
+        "13 billion parameters on one card",
+      )
+      .example("$0 plan --model 7b --device-memory 24GB --host-memory 32GB --disk 100GB", "with a disk for the rest")
+      .example("$0 plan --model 1b --profile a5000 --device-memory 8GiB --tape | less", "read the schedule"),
+  handler: (args) => {
+    process.stdout.write(plan(args));
+  },
+};
+
+/** The command's whole output. Throws CONFIG for an unknown model, a size that is none, or more than one device. */
+export function plan(args: PlanArguments, machine: ProbeReport | null = probeMachine()): string {
+  if (args.devices !== 1)
+    throw new StromaError(
+      "CONFIG",
+      `[plan] expected --devices 1, got ${args.devices}: more than one card is not there yet. Plan for one of them`,
+    );
+  for (const name of ["sequence-length", "micro-batch-size", "gradient-accumulation-steps"] as const)
+    if (!Number.isSafeInteger(args[name]) || args[name] < 1)
+      throw new StromaError(
+        "CONFIG",
+        `[plan] expected --${name} to be a whole number of at least 1, got ${args[name]}`,
+      );
+  const notes: string[] = [];
+  const profile = profileFor(args, machine, notes);
+  const precision = args.precision ?? (profile.device === "cuda" ? "bfloat16" : "float32");
+  const masterWeight = args["master-weight"] ?? (precision === "bfloat16" ? "float32" : "none");
+  const found = findModel(args.model);
+  const graph = found.graph({ mode: "train", dtype: precision });
+  const request: PlanRequest = {
+    dims: { B: args["micro-batch-size"], T: args["sequence-length"] },
+    gradientAccumulationSteps: args["gradient-accumulation-steps"],
+    state: { storage: precision, masterWeight, optimizer: args.optimizer },
+    clip: args.clip,
+    profile,
+    budget: budgetFor(args, profile, machine),
+  };
+  const result = planAuto(graph, request);
+  if (args.json) return `${JSON.stringify(result.report)}\n`;
+  if (!result.report.fits) notes.push(...leaner(found, request));
+  return planText(found.name, result, request, notes) + (args.tape ? `\n${tapeText(result)}` : "");
+}
+
+function profileFor(args: PlanArguments, machine: ProbeReport | null, notes: string[]): MachineProfile {
+  if (args.profile !== undefined) return findProfile(args.profile);
+  const card = machine?.gpus[0];
+  if (card === undefined && args["device-memory"] === undefined) return findProfile("cpu");
+  const known = card === undefined ? null : profileOfCard(card.name);
+  if (known !== null) return known;
+  notes.push(
+    card === undefined
+      ? "no card is here: speed is that of an RTX 4090 (--profile names another)"
+      : `${card.name} has no profile: speed is that of an RTX 4090 (--profile names another)`,
+  );
+  return findProfile("rtx4090");
+}
+
+/** Given sizes, else this machine's: the card's memory, and what the cgroup leaves of the host's. */
+function budgetFor(args: PlanArguments, profile: MachineProfile, machine: ProbeReport | null): PlanRequest["budget"] {
+  const memory = Math.min(
+    machine?.memory.totalBytes ?? totalmem(),
+    machine?.memory.cgroupBytes ?? Number.POSITIVE_INFINITY,
+  );
+  const given = (name: "device-memory" | "host-memory" | "disk") =>
+    args[name] === undefined ? undefined : parseSize(args[name], `--${name}`);
+  const diskBytes = given("disk")!;
+  // On a CPU the device is the process's memory, and there is nothing beside it.
+  if (profile.device === "cpu") return { deviceBytes: given("device-memory") ?? memory, hostBytes: 0, diskBytes };
+  const deviceBytes = given("device-memory") ?? machine?.gpus[0]?.memoryBytes;
+  if (deviceBytes === undefined)
+    throw new StromaError(
+      "CONFIG",
+      "[plan] no card is here whose memory could be read. Say --device-memory, e.g. 24GB",
+    );
+  return { deviceBytes, hostBytes: given("host-memory") ?? memory, diskBytes };
+}
+
+/** What a person may change of the format of state, where nothing fits. */
+function leaner(found: ReturnType<typeof findModel>, request: PlanRequest): string[] {
+  const state: StateFormat = { storage: "bfloat16", masterWeight: "none", optimizer: "adamw8bit" };
+  if (JSON.stringify(state) === JSON.stringify(request.state)) return [];
+  const lean: AutoPlan = planAuto(found.graph({ mode: "train", dtype: "bfloat16" }), { ...request, state });
+  return lean.report.fits ? ["it does fit with --precision bfloat16 --master-weight none --optimizer adamw8bit"] : [];
+}

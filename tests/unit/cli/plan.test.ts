@@ -1,0 +1,75 @@
+import { describe, expect, it } from "vitest";
+import { type PlanArguments, plan } from "../../../src/cli/plan.js";
+import type { ProbeReport } from "../../../src/native.js";
+import type { PlanReport } from "../../../src/plan/auto.js";
+
+const machine = (cgroupBytes: number | null, gpus: ProbeReport["gpus"] = []): ProbeReport => ({
+  gpus,
+  driver: null,
+  nvmlError: null,
+  memory: { totalBytes: 64e9, availableBytes: 60e9, cgroupBytes },
+  cpus: { online: 2, affinity: 2, cgroup: null },
+  memlock: { softBytes: null, hardBytes: null },
+  cpuFlags: { avx2: true, avx512f: false, avx512Bf16: false, amxBf16: false },
+  hugePages: { transparent: null, sizeBytes: 0 },
+  glibc: "2.36",
+});
+const card = { index: 0, name: "NVIDIA RTX A5000", memoryBytes: 24e9, freeBytes: 24e9, computeCapability: "8.6" };
+
+const given = (more: Partial<PlanArguments> = {}): PlanArguments => ({
+  model: "tiny",
+  devices: 1,
+  disk: "0",
+  "sequence-length": 128,
+  "micro-batch-size": 1,
+  "gradient-accumulation-steps": 4,
+  optimizer: "adamw",
+  clip: "global",
+  ...more,
+});
+
+describe("stroma plan", () => {
+  it("says at a glance where every byte lives, how fast, and why not otherwise", () => {
+    const text = plan(given({ "device-memory": "16MB", "host-memory": "1GB", profile: "a5000" }), null);
+    expect(text).toContain("It fits. The whole batch passes through a block before the next is fetched");
+    expect(text).toMatch(/^where +card +host$/m);
+    expect(text).toMatch(/^optimizer state /m);
+    expect(text).toMatch(/^card {3}\[#+·*x*\] [\d.]+ MB of 15.2 MB usable \(16 MB\)$/m);
+    expect(text).toMatch(/^time .* tokens\/s predicted on a5000; bound by /m);
+    expect(text).toMatch(/Not taken:\n {2}.*\n {6}(does not fit by|\d+\.\d % slower|no faster)/);
+  });
+
+  it("gives the report's fields as JSON", () => {
+    const report = JSON.parse(plan(given({ json: true }), machine(null))) as PlanReport;
+    expect(report).toMatchObject({ fits: true, order: "depthFirst", microBatch: { rows: 4, fused: 4, count: 1 } });
+  });
+
+  it("prints every instruction with --tape", () => {
+    const text = plan(given({ tape: true }), machine(null));
+    const [, count] = /(\d+) instructions/.exec(text)!;
+    expect(text.match(/^ *\d+ +[\d.]+ +[\d.]+ ms {2}/gm)).toHaveLength(Number(count));
+    expect(text).toMatch(/forward model\.layers\.0 #0 {2}d@\d+ .*-> d@\d+/);
+  });
+
+  it("takes this machine's budgets: the card's memory, and the container's limit before the machine's", () => {
+    expect(plan(given(), machine(8e9, [card]))).toMatch(/\(24 GB\)[\s\S]*\(8 GB\)[\s\S]*predicted on a5000/);
+    expect(plan(given(), machine(8e9))).toMatch(/^memory .*usable \(8 GB\)$/m);
+    expect(plan(given(), machine(null))).toMatch(/^memory .*usable \(64 GB\)$/m);
+  });
+
+  it("says by how much nothing fits, what would, and the leaner format that does", () => {
+    const text = plan(given({ "device-memory": "8MB", "host-memory": "7MB", profile: "a5000" }), null);
+    expect(text).toMatch(/It does not fit: [\d.]+ [kM]B are missing\. It fits with/);
+    expect(text).toContain("it does fit with --precision bfloat16 --master-weight none --optimizer adamw8bit");
+  });
+
+  it.each([
+    [{ devices: 2 }, /expected --devices 1, got 2: more than one card is not there yet/],
+    [{ "device-memory": "many" }, /expected --device-memory to be a size like 24GB/],
+    [{ "sequence-length": 0 }, /expected --sequence-length to be a whole number of at least 1/],
+    [{ profile: "a5000" }, /no card is here whose memory could be read. Say --device-memory/],
+    [{ model: "none-such" }, /there is no preset/],
+  ])("refuses %o", (more, message) => {
+    expect(() => plan(given(more), null)).toThrow(message);
+  });
+});
