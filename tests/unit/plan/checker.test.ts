@@ -213,6 +213,45 @@ describe("the checker", () => {
     expect(check({ ...streamed, parts: 1 }, shifted)).toThrow(/holds .*, expected/);
   });
 
+  it("refuses the right bytes of an operand in the wrong half of a place", () => {
+    const doubled = (tape: Tape) => {
+      const second = tape.instructions[all(tape, { op: "copy", queue: "in", kind: "param" })[1]!] as Of<"copy">;
+      const place = tape.places[second.to]!;
+      // The first bytes again, to where the second part belongs.
+      second.to = tape.places.push({ ...place, offset: place.offset + second.at }) - 1;
+      second.at = 0;
+      tape.placement.arenas.deviceBytes += place.bytes;
+      deriveWaits(tiny, tape);
+    };
+    expect(check({ ...streamed, parts: 2 }, doubled)).toThrow(
+      /holds param\(0\) after 0 updates from its byte 0 on, expected param\(0\) after 0 updates from its byte \d+ on/,
+    );
+  });
+
+  it("refuses two writes that race, though nobody reads the first", () => {
+    const { step } = writeTape(tiny, streamed);
+    const tape = structuredClone(step);
+    const out = tape.places[get(tape, { op: "forward", block: 0 }).out[0]!]!;
+    const { from } = get(tape, { op: "copy", queue: "in", kind: "param" });
+    const pass = at(tape, { op: "forward", block: 0 });
+    const to = tape.places.push({ ...tape.places[from]!, space: "device", offset: out.offset }) - 1;
+    tape.placement.arenas.deviceBytes += tape.places[from]!.bytes;
+    for (const i of tape.instructions) i.waits = i.waits.map((w) => (w < pass ? w : w + 1));
+    tape.instructions.splice(pass, 0, {
+      op: "copy",
+      queue: "in",
+      operand: { kind: "param", block: 0 },
+      from,
+      to,
+      at: 0,
+      bytes: 256,
+      waits: [],
+    });
+    expect(() => checkTape(tiny, tape)).toThrow(
+      /forward of block 0.*writes device .*, which instruction \d+ \(.*\) writes, and does not wait for it/,
+    );
+  });
+
   it("knows a boundary of the step before from this step's", () => {
     // The host place of a boundary still holds the last step's when its store is gone.
     const lost = (tape: Tape) => drop(tape, at(tape, { op: "copy", queue: "out", kind: "x" }));
