@@ -179,10 +179,22 @@ class SnapshotWrap : public Napi::ObjectWrap<SnapshotWrap> {
         {InstanceMethod<&SnapshotWrap::write>("write"), InstanceMethod<&SnapshotWrap::dispose>("dispose")});
   }
   explicit SnapshotWrap(const Napi::CallbackInfo& info) : Napi::ObjectWrap<SnapshotWrap>(info) {
-    if (info.Length() == 1 && info[0].IsExternal())
-      data_ = *info[0].As<Napi::External<std::shared_ptr<engine::Snapshot>>>().Data();
-    lane_ = std::make_shared<Lane>(info.Env(), "stroma snapshot", [] { at::set_num_threads(1); });
+    if (info.Length() == 1 && info[0].IsExternal()) {
+      const Made& made = *info[0].As<Napi::External<Made>>().Data();
+      data_ = made.data;
+      check_ = made.check;
+      // What is no copy is written by the session's own thread, between its steps.
+      if (!data_->copied()) lane_ = made.lane;
+      info.This().As<Napi::Object>().Set("copied", data_->copied());
+    }
+    owns_lane_ = !lane_;
+    if (owns_lane_) lane_ = std::make_shared<Lane>(info.Env(), "stroma snapshot", [] { at::set_num_threads(1); });
   }
+  struct Made {
+    std::shared_ptr<engine::Snapshot> data;
+    std::shared_ptr<Lane> lane;
+    std::function<void()> check;  // throws when the session is gone
+  };
 
  private:
   Napi::Value write(const Napi::CallbackInfo& info) {
@@ -193,8 +205,9 @@ class SnapshotWrap : public Napi::ObjectWrap<SnapshotWrap> {
       const auto [bytes, size] = view_bytes(info[1], "header");
       return lane_->post(
           info,
-          [data = data_, path = info[0].As<Napi::String>().Utf8Value(),
+          [data = data_, check = check_, path = info[0].As<Napi::String>().Utf8Value(),
            header = std::string(static_cast<const char*>(bytes), size), entries = decode_entries(info[2])]() -> Finish {
+            if (!data->copied() && check) check();
             const auto written = data->write(path, header, entries);
             return [written](Napi::Env env) -> Napi::Value {
               Napi::Object result = Napi::Object::New(env);
@@ -207,11 +220,13 @@ class SnapshotWrap : public Napi::ObjectWrap<SnapshotWrap> {
   }
   Napi::Value dispose(const Napi::CallbackInfo& info) {
     data_.reset();
-    lane_->retire();
+    if (owns_lane_) lane_->retire();
     return info.Env().Undefined();
   }
 
   std::shared_ptr<engine::Snapshot> data_;
+  std::function<void()> check_;
+  bool owns_lane_ = true;
   std::shared_ptr<Lane> lane_;
 };
 
@@ -223,7 +238,7 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
         env, "NativeSession",
         {InstanceMethod<&S::load>("load"), InstanceMethod<&S::attach>("attach"),
          InstanceMethod<&S::initialize>("initialize"), InstanceMethod<&S::step>("step"), InstanceMethod<&S::run>("run"),
-         InstanceMethod<&S::gradient>("gradient"), InstanceMethod<&S::read>("read"), InstanceMethod<&S::write>("write"),
+         InstanceMethod<&S::flush>("flush"), InstanceMethod<&S::gradient>("gradient"), InstanceMethod<&S::read>("read"), InstanceMethod<&S::write>("write"),
          InstanceMethod<&S::state>("state"), InstanceMethod<&S::optimizer_step>("optimizerStep"),
          InstanceMethod<&S::set_optimizer_step>("setOptimizerStep"), InstanceMethod<&S::snapshot>("snapshot"),
          InstanceMethod<&S::read_file>("readFile"), InstanceMethod<&S::cancel>("cancel"),
@@ -260,25 +275,59 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
 
   void construct(const Napi::CallbackInfo& info) {
     const Fields options(info.Length() > 0 ? info[0] : info.Env().Undefined(), "options");
+    engine::SessionSpec spec;
     const std::string device = options.text("device");
     const std::string dtype_text = options.text("dtype");
-    if (dtype_text != "float32" && dtype_text != "float64" && dtype_text != "bfloat16")
-      throw CodedError("INVALID_ARGUMENT", "[session] expected dtype float32, float64 or bfloat16, got " + dtype_text);
-    if (device != "cpu")
+    const auto floating = [](const std::string& name, const char* what) {
+      if (name != "float32" && name != "float64" && name != "bfloat16")
+        throw CodedError("INVALID_ARGUMENT",
+                         std::string("[session] expected ") + what + " float32, float64 or bfloat16, got " + name);
+      return dtype_from_name(name);
+    };
+    spec.dtype = floating(dtype_text, "dtype");
+    if (device != "cpu" && device != "sim")
       throw CodedError("INVALID_ARGUMENT", "[session] this version trains on the CPU only; device \"" + device +
                                                "\" is not supported yet. Use device \"cpu\"");
     threads_ = static_cast<int>(options.integer("threads"));
     if (threads_ < 0) throw CodedError("INVALID_ARGUMENT", "[session] expected threads >= 0 (0: all)");
     if (threads_ == 0) threads_ = at::get_num_threads();
     const Fields optimizer(options.at("optimizer"), "options.optimizer");
-    if (optimizer.text("kind") != "adamw")
+    const std::string kind = optimizer.text("kind");
+    if (kind != "adamw" && kind != "adamw8bit")
       throw CodedError("INVALID_ARGUMENT",
-                       "[session] expected optimizer.kind \"adamw\", got " + optimizer.text("kind"));
+                       "[session] expected optimizer.kind \"adamw\" or \"adamw8bit\", got " + kind);
+    spec.optimizer = {optimizer.number("beta1"), optimizer.number("beta2"), optimizer.number("epsilon"),
+                      optimizer.number("weightDecay")};
+    spec.format.eight_bit = kind == "adamw8bit";
+    spec.format.storage = options.has("storage") ? floating(options.text("storage"), "storage") : spec.dtype;
+    const std::string master = options.has("masterWeight") ? options.text("masterWeight")
+                               : spec.format.storage == at::kBFloat16 ? "float32"
+                                                                      : "none";
+    using engine::MasterWeight;
+    if (master != "none" && master != "split16" && master != "float32")
+      throw CodedError("INVALID_ARGUMENT", "[session] expected masterWeight none, split16 or float32, got " + master);
+    if (master != "none" && spec.format.storage != at::kBFloat16)
+      throw CodedError("CONFIG", "[session] masterWeight \"" + master + "\" is for parameters stored in bfloat16");
+    spec.format.master = master == "none"      ? MasterWeight::kNone
+                         : master == "split16" ? MasterWeight::kSplit16
+                                               : MasterWeight::kFloat32;
+    if (options.has("sim")) {
+      if (device != "sim") throw CodedError("CONFIG", "[session] options.sim is for device \"sim\"");
+      const Fields sim(options.at("sim"), "options.sim");
+      const auto rate = [&sim](const char* name) -> std::optional<double> {
+        if (sim.at(name).IsNull()) return std::nullopt;
+        const double value = sim.number(name);
+        if (!(value > 0)) throw CodedError("INVALID_ARGUMENT", "[session] expected " + sim.path(name) + " above 0");
+        return value;
+      };
+      if (!sim.at("memoryBytes").IsNull()) spec.device_bytes = sim.integer("memoryBytes");
+      spec.sim.host_to_device = rate("hostToDevice");
+      spec.sim.device_to_host = rate("deviceToHost");
+      if (!sim.at("adversary").IsNull()) spec.sim.adversary = sim.integer("adversary");
+    }
+    if (options.has("diskFolder")) spec.disk_folder = options.text("diskFolder");
     core_ = std::make_shared<Core>();
-    core_->executor =
-        std::make_unique<engine::Executor>(dtype_from_name(dtype_text), at::kCPU,
-                                           engine::AdamW{optimizer.number("beta1"), optimizer.number("beta2"),
-                                                         optimizer.number("epsilon"), optimizer.number("weightDecay")});
+    core_->executor = std::make_unique<engine::Executor>(spec);
     lane_ = std::make_shared<Lane>(
         info.Env(), "stroma session",
         [threads = threads_] {
@@ -300,8 +349,10 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
   Napi::Value load(const Napi::CallbackInfo& info) {
     return entry(info, [&] {
       auto graph = std::make_shared<engine::Graph>(decode_graph(info[0]));
-      return post(info, [graph, core = core_](engine::Executor& executor) -> Finish {
-        executor.load(std::move(*graph));
+      std::optional<engine::Placement> placement;
+      if (info.Length() > 1 && !info[1].IsUndefined()) placement = decode_placement(info[1], "placement");
+      return post(info, [graph, placement, core = core_](engine::Executor& executor) -> Finish {
+        executor.load(std::move(*graph), placement);
         core->state_bytes = executor.state().bytes();
         return {};
       });
@@ -332,13 +383,9 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
                          "[session] " + std::to_string(kMostQueued) + " tasks are under way. Await a step first");
       const Fields fields(info[0], "request");
       auto request = std::make_shared<engine::StepRequest>();
-      // The same tape object is decoded once: it is thousands of instructions, and stays the same for a whole run.
-      const Napi::Value tape = fields.at("tape");
-      if (tape_object_.IsEmpty() || !tape_object_.Value().StrictEquals(tape)) {
-        tape_ = decode_tape(tape);
-        tape_object_ = Napi::Persistent(tape.As<Napi::Object>());
-      }
-      request->tape = tape_;
+      request->tape = tape_.decode(fields.at("tape"));
+      if (fields.has("flush")) request->flush = flush_.decode(fields.at("flush"));
+      if (fields.has("profile")) request->profile = fields.flag("profile");
       const Napi::Array batches = fields.array("microBatches");
       for (uint32_t i = 0; i < batches.Length(); ++i)
         request->micro_batches.push_back(decode_batch(batches.Get(i), "microBatches[" + std::to_string(i) + "]"));
@@ -361,6 +408,25 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
         return [result, names](Napi::Env env) { return encode(env, *result, names); };
       });
     });
+  }
+
+  static Napi::Object encode_profile(Napi::Env env, const engine::StepResult& result) {
+    const engine::Profile& profile = *result.profile;
+    const size_t n = profile.device_bytes.size();
+    Napi::Object out = Napi::Object::New(env);
+    const auto set = [&](const char* name, auto&& value) {
+      Napi::Float64Array column = Napi::Float64Array::New(env, n);
+      for (size_t i = 0; i < n; ++i) column[i] = value(i);
+      out.Set(name, column);
+    };
+    // What never ran (after a loss that was not finite) stands at the beginning.
+    const auto ms = [&](double at) { return at == 0 ? 0.0 : (at - result.begin) * 1e3; };
+    set("startMs", [&](size_t i) { return ms(profile.timeline.start[i]); });
+    set("endMs", [&](size_t i) { return ms(profile.timeline.end[i]); });
+    set("deviceBytes", [&](size_t i) { return static_cast<double>(profile.device_bytes[i]); });
+    set("devicePeakBytes", [&](size_t i) { return static_cast<double>(profile.device_peak[i]); });
+    set("hostBytes", [&](size_t) { return static_cast<double>(result.host_bytes); });
+    return out;
   }
 
   static Napi::Value encode(Napi::Env env, const engine::StepResult& result, const std::vector<std::string>& names) {
@@ -386,6 +452,13 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
       out.Set("nonFinite", non_finite);
     }
     out.Set("seconds", result.seconds);
+    const char* moved[engine::kCopyQueues] = {"bytesToDevice", "bytesFromDevice", "bytesLoaded", "bytesSaved"};
+    for (int q = 0; q < engine::kCopyQueues; ++q) out.Set(moved[q], static_cast<double>(result.copied.bytes[q]));
+    Napi::Array skipped = Napi::Array::New(env, result.skipped_blocks.size());
+    for (size_t i = 0; i < result.skipped_blocks.size(); ++i)
+      skipped.Set(static_cast<uint32_t>(i), result.skipped_blocks[i]);
+    out.Set("skippedBlocks", skipped);
+    if (result.profile.has_value()) out.Set("profile", encode_profile(env, result));
     out.Set("peakDeviceBytes", static_cast<double>(result.peak_device_bytes));
     out.Set("peakHostBytes", static_cast<double>(result.peak_host_bytes));
     return out;
@@ -410,6 +483,15 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
     });
   }
 
+  Napi::Value flush(const Napi::CallbackInfo& info) {
+    return entry(info, [&] {
+      return post(info, [](engine::Executor& executor) -> Finish {
+        executor.state();
+        return {};
+      });
+    });
+  }
+
   static Finish give(at::Tensor tensor) {
     return [tensor = std::move(tensor)](Napi::Env env) -> Napi::Value { return host_tensor_to_js(env, tensor); };
   }
@@ -425,11 +507,11 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
       const auto kind = engine::state_kind_from_name(text(info, 0, "kind"));
       return post(info, [kind, name = text(info, 1, "name")](engine::Executor& executor) {
         const at::NoGradGuard no_grad;
-        const at::Tensor tensor = executor.state().tensor(kind, executor.state().find(name));
-        if (!tensor.defined())
+        const engine::Parameter& parameter = executor.state().find(name);
+        if (!executor.state().holds(kind, parameter))
           engine::fail("INVALID_ARGUMENT", "[session] this model holds no ", engine::state_kind_name(kind), " of ",
                        name);
-        return give(tensor.clone());
+        return give(executor.state().tensor(kind, parameter).clone());
       });
     });
   }
@@ -453,14 +535,15 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
           int64_t bytes;
         };
         std::vector<Row> rows;
-        using engine::StateKind;
-        for (engine::Parameter& p : executor.state().parameters)
-          for (const auto kind :
-               {StateKind::kParam, StateKind::kMaster, StateKind::kExpAvg, StateKind::kExpAvgSq, StateKind::kStep}) {
-            const at::Tensor t = executor.state().tensor(kind, p);
-            if (t.defined())
-              rows.push_back({engine::state_kind_name(kind), p.spec.name, dtype_name(t.scalar_type()), t.sizes().vec(),
-                              static_cast<int64_t>(t.nbytes())});
+        const engine::ModelState& state = executor.state();
+        for (const engine::Parameter& p : state.parameters)
+          for (int k = 0; k < engine::kStateKinds; ++k) {
+            const auto kind = static_cast<engine::StateKind>(k);
+            if (!state.holds(kind, p)) continue;
+            const auto shape = state.shape_of(kind, p);
+            const at::ScalarType dtype = state.dtype_of(kind);
+            const int64_t bytes = c10::multiply_integers(shape) * static_cast<int64_t>(c10::elementSize(dtype));
+            rows.push_back({engine::state_kind_name(kind), p.spec.name, dtype_name(dtype), shape, bytes});
           }
         return [rows = std::move(rows)](Napi::Env env) -> Napi::Value {
           Napi::Array result = Napi::Array::New(env, rows.size());
@@ -502,10 +585,11 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
   }
   Napi::Value snapshot(const Napi::CallbackInfo& info) {
     return entry(info, [&] {
-      return post(info, [kinds = decode_kinds(info[0])](engine::Executor& executor) -> Finish {
+      return post(info, [kinds = decode_kinds(info[0]), lane = lane_, core = core_](engine::Executor& executor) -> Finish {
         auto data = std::make_shared<engine::Snapshot>(executor.state(), kinds);
-        return [data](Napi::Env env) mutable -> Napi::Value {
-          return door(env).snapshot.New({Napi::External<std::shared_ptr<engine::Snapshot>>::New(env, &data)});
+        return [data, lane, core](Napi::Env env) -> Napi::Value {
+          SnapshotWrap::Made made{data, lane, [core] { core->use(); }};
+          return door(env).snapshot.New({Napi::External<SnapshotWrap::Made>::New(env, &made)});
         };
       });
     });
@@ -571,8 +655,19 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
   int threads_ = 0;
   std::shared_ptr<Core> core_;
   std::shared_ptr<Lane> lane_;
-  Napi::ObjectReference tape_object_;
-  std::shared_ptr<const engine::Tape> tape_;
+  // The same tape object is decoded once: it is thousands of instructions, and stays the same for a whole run.
+  struct CachedTape {
+    Napi::ObjectReference object;
+    std::shared_ptr<const engine::Tape> tape;
+    const std::shared_ptr<const engine::Tape>& decode(const Napi::Value& value) {
+      if (object.IsEmpty() || !object.Value().StrictEquals(value)) {
+        tape = decode_tape(value);
+        object = Napi::Persistent(value.As<Napi::Object>());
+      }
+      return tape;
+    }
+  };
+  CachedTape tape_, flush_;
 };
 
 }  // namespace

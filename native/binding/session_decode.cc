@@ -285,54 +285,169 @@ engine::Graph decode_graph(const Napi::Value& value) {
   return graph;
 }
 
-std::shared_ptr<const engine::Tape> decode_tape(const Napi::Value& value) {
+namespace {
+
+template <class T>
+T choice(const Fields& fields, const char* name, std::initializer_list<std::pair<const char*, T>> options) {
+  const std::string text = fields.text(name);
+  std::string all;
+  for (const auto& [key, value] : options) {
+    if (text == key) return value;
+    all += (all.empty() ? "" : ", ") + std::string(key);
+  }
+  refuse(fields.path(name), "one of " + all);
+}
+
+engine::Place decode_place(const Napi::Value& value, const std::string& where) {
+  using engine::Space;
+  const Fields f(value, where);
+  return {choice<Space>(
+              f, "space",
+              {{"device", Space::kDevice}, {"host", Space::kHost}, {"disk", Space::kDisk}, {"slot", Space::kSlot}}),
+          f.integer("offset"), f.integer("bytes")};
+}
+
+engine::RetainedDType decode_retained(const Fields& fields, const char* name) {
+  using engine::RetainedDType;
+  return choice<RetainedDType>(fields, name,
+                               {{"float32", RetainedDType::kFloat32},
+                                {"float64", RetainedDType::kFloat64},
+                                {"bfloat16", RetainedDType::kBFloat16},
+                                {"dynamic8", RetainedDType::kDynamic8}});
+}
+
+engine::Instruction decode_instruction(const Napi::Value& value, const std::string& where) {
   using Op = engine::Instruction::Op;
+  using engine::CopyQueue;
+  const Fields f(value, where);
+  engine::Instruction result{};
+  result.op = choice<Op>(f, "op",
+                         {{"forward", Op::kForward},
+                          {"turn", Op::kTurn},
+                          {"backward", Op::kBackward},
+                          {"cast", Op::kCast},
+                          {"norm", Op::kNorm},
+                          {"coefficient", Op::kCoefficient},
+                          {"pack", Op::kPack},
+                          {"update", Op::kUpdate},
+                          {"copy", Op::kCopy}});
+  const auto integer = [&f](const char* name) { return static_cast<int>(f.integer(name)); };
+  result.waits = f.integers("waits");
+  if (result.op == Op::kCopy) {
+    result.queue = choice<CopyQueue>(
+        f, "queue",
+        {{"in", CopyQueue::kIn}, {"out", CopyQueue::kOut}, {"load", CopyQueue::kLoad}, {"save", CopyQueue::kSave}});
+    result.from = integer("from");
+    result.to = integer("to");
+    result.at = f.integer("at");
+    result.bytes = f.integer("bytes");
+    return result;
+  }
+  if (result.op == Op::kCoefficient) return result;
+  result.block = integer("block");
+  const bool passes = result.op == Op::kForward || result.op == Op::kTurn || result.op == Op::kBackward;
+  if (passes) {
+    result.micro_batch = integer("microBatch");
+    result.params = f.integers("params");
+    result.in = f.integers("in");
+  }
+  switch (result.op) {
+    case Op::kForward:
+      result.out = f.integers("out");
+      result.keep = f.flag("keep");
+      break;
+    case Op::kBackward:
+      result.d_out = f.integers("dOut");
+      [[fallthrough]];
+    case Op::kTurn: {
+      result.d_in = f.integers("dIn");
+      result.first = f.flag("first");
+      result.sums = {integer("sums")};
+      const Napi::Array add = f.array("add");
+      for (uint32_t i = 0; i < add.Length(); ++i) result.add.push_back(add.Get(i).ToBoolean().Value());
+      if (result.d_in.size() != result.in.size() || result.add.size() != result.in.size())
+        refuse(where, "dIn and add as long as in");
+      break;
+    }
+    case Op::kCast:
+      result.from = integer("from");
+      result.to = integer("to");
+      break;
+    case Op::kNorm:
+      result.sums = f.integers("sums");
+      break;
+    case Op::kPack:
+      result.sums = f.integers("sums");
+      result.to = integer("to");
+      result.dtype = decode_retained(f, "dtype");
+      break;
+    default:
+      result.param = integer("param");
+      result.state = integer("state");
+      result.sums = f.integers("grad");
+      result.retained = choice<bool>(f, "from", {{"sums", false}, {"retained", true}});
+      result.dtype = decode_retained(f, "dtype");
+  }
+  return result;
+}
+
+}  // namespace
+
+engine::StateFormat decode_format(const Fields& fields) {
+  using engine::MasterWeight;
+  return {dtype_from_name(fields.text("storage")),
+          choice<MasterWeight>(fields, "masterWeight",
+                               {{"none", MasterWeight::kNone},
+                                {"split16", MasterWeight::kSplit16},
+                                {"float32", MasterWeight::kFloat32}}),
+          choice<bool>(fields, "optimizer", {{"adamw", false}, {"adamw8bit", true}})};
+}
+
+engine::Placement decode_placement(const Napi::Value& value, const std::string& where) {
+  const Fields fields(value, where);
+  const Fields arenas(fields.at("arenas"), fields.path("arenas"));
+  engine::Placement placement;
+  placement.device_bytes = arenas.integer("deviceBytes");
+  placement.host_bytes = arenas.integer("hostBytes");
+  placement.disk_bytes = arenas.integer("diskBytes");
+  if (placement.device_bytes < 0 || placement.host_bytes < 0 || placement.disk_bytes < 0)
+    refuse(fields.path("arenas"), "bytes of at least 0");
+  const Napi::Array homes = fields.array("homes");
+  for (uint32_t b = 0; b < homes.Length(); ++b) {
+    const std::string at = where + ".homes[" + std::to_string(b) + "]";
+    const Fields home(homes.Get(b), at);
+    const auto place = [&](const char* name) -> std::optional<engine::Place> {
+      if (home.at(name).IsNull()) return std::nullopt;
+      return decode_place(home.at(name), home.path(name));
+    };
+    placement.param.push_back(place("param"));
+    placement.state.push_back(place("state"));
+  }
+  return placement;
+}
+
+std::shared_ptr<const engine::Tape> decode_tape(const Napi::Value& value) {
+  using engine::Clip;
+  using engine::UpdateOrder;
   const Fields fields(value, "tape");
-  if (fields.text("format") != "stromatolite.tape" || fields.integer("version") != 1)
-    throw CodedError("VERSION_MISMATCH", "[session] expected a stromatolite.tape of version 1");
+  if (fields.text("format") != "stromatolite.tape" || fields.integer("version") != 2)
+    throw CodedError("VERSION_MISMATCH", "[session] expected a stromatolite.tape of version 2");
   auto tape = std::make_shared<engine::Tape>();
+  tape->flush = choice<bool>(fields, "kind", {{"step", false}, {"flush", true}});
+  tape->update = choice<UpdateOrder>(
+      fields, "update",
+      {{"end", UpdateOrder::kEnd}, {"backward", UpdateOrder::kBackward}, {"forward", UpdateOrder::kForward}});
+  tape->clip = choice<Clip>(fields, "clip", {{"none", Clip::kNone}, {"block", Clip::kBlock}, {"global", Clip::kGlobal}});
+  tape->format = decode_format(Fields(fields.at("state"), "tape.state"));
+  tape->placement = decode_placement(fields.at("placement"), "tape.placement");
   tape->micro_batches = static_cast<int>(fields.integer("microBatches"));
   tape->slots = static_cast<int>(fields.integer("slots"));
-  if (tape->micro_batches < 1 || tape->slots < 0 || tape->slots > (1 << 24))
+  if (tape->micro_batches < (tape->flush ? 0 : 1) || tape->slots < 0 || tape->slots > (1 << 24))
     refuse("tape", "micro-batches and slots of a possible number");
-  tape->instructions =
-      map_array(fields.array("instructions"), "tape.instructions", [](const Napi::Value& v, const auto& at) {
-        const Fields f(v, at);
-        const std::string op = f.text("op");
-        engine::Instruction result{};
-        result.block = op == "coefficient" ? -1 : static_cast<int>(f.integer("block"));
-        if (op == "forward" || op == "turn" || op == "backward") {
-          result.micro_batch = static_cast<int>(f.integer("microBatch"));
-          result.in = f.integers("in");
-        }
-        if (op == "turn" || op == "backward") {
-          result.d_in = f.integers("dIn");
-          result.first = f.flag("first");
-          const Napi::Array add = f.array("add");
-          for (uint32_t i = 0; i < add.Length(); ++i) result.add.push_back(add.Get(i).ToBoolean().Value());
-          if (result.d_in.size() != result.in.size() || result.add.size() != result.in.size())
-            refuse(at, "dIn and add as long as in");
-        }
-        if (op == "forward") {
-          result.op = Op::kForward;
-          result.out = f.integers("out");
-          result.keep = f.flag("keep");
-        } else if (op == "turn") {
-          result.op = Op::kTurn;
-        } else if (op == "backward") {
-          result.op = Op::kBackward;
-          result.d_out = f.integers("dOut");
-        } else if (op == "norm") {
-          result.op = Op::kNorm;
-        } else if (op == "coefficient") {
-          result.op = Op::kCoefficient;
-        } else if (op == "update") {
-          result.op = Op::kUpdate;
-        } else {
-          throw CodedError("TAPE", "[tape] unknown instruction \"" + op + "\", at " + at);
-        }
-        return result;
-      });
+  tape->places = map_array(fields.array("places"), "tape.places", decode_place);
+  tape->instructions = map_array(fields.array("instructions"), "tape.instructions", decode_instruction);
+  for (const auto& i : tape->instructions)
+    if (i.op == engine::Instruction::Op::kCopy) tape->has_copies = true;
   return tape;
 }
 

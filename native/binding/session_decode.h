@@ -10,6 +10,7 @@ namespace stroma {
 
 engine::Graph decode_graph(const Napi::Value& value);
 std::shared_ptr<const engine::Tape> decode_tape(const Napi::Value& value);
+engine::Placement decode_placement(const Napi::Value& value, const std::string& where);
 engine::Batch decode_batch(const Napi::Value& value, const std::string& where);
 std::vector<engine::FileEntry> decode_entries(const Napi::Value& value);
 std::vector<engine::StateKind> decode_kinds(const Napi::Value& value);

@@ -2,43 +2,18 @@
 
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
-#include <torch/csrc/autograd/autograd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 
 #include "engine/error.h"
 #include "engine/host_allocator.h"
+#include "engine/step.h"
 
 namespace stroma::engine {
 
-struct Executor::Step {
-  const StepRequest& request;
-  std::vector<DimValues> dims;  // by micro-batch
-  std::vector<at::Tensor> slots;
-  std::map<std::pair<int, int>, Kept> kept;  // by block, micro-batch
-  std::vector<int64_t> counts;               // by loss term, over all micro-batches
-  std::vector<std::vector<int64_t>> micro_counts;
-  std::vector<at::Tensor> norms;  // by parameter; undefined where untouched
-  StepResult result;
-  double coefficient = 1;
-  bool closed = false;  // the coefficient is known: parameters may change
-
-  at::Tensor& slot(int index, const char* what) {
-    if (index < 0 || index >= static_cast<int>(slots.size()))
-      fail("TAPE", "[tape] ", what, " is slot ", index, " of ", slots.size());
-    return slots[index];
-  }
-};
-
-namespace {
-
-// Index of the loss term that an output of a block is; -1 for a boundary.
-int loss_of(const Graph& graph, int block, int output) {
-  for (size_t i = 0; i < graph.losses.size(); ++i)
-    if (graph.losses[i].block == block && graph.losses[i].output == output) return static_cast<int>(i);
-  return -1;
-}
+using Op = Instruction::Op;
 
 int loss_named(const Graph& graph, const std::string& name) {
   for (size_t i = 0; i < graph.losses.size(); ++i)
@@ -46,19 +21,18 @@ int loss_named(const Graph& graph, const std::string& name) {
   fail("GRAPH", "[graph] there is no loss term ", name);
 }
 
-// PyTorch's clip_grad_norm_, operation for operation, in the dtype of the norms; its Python divides a number by a
-// tensor, which is a multiplication by the reciprocal.
-double clip_coefficient(const at::Tensor& total, double max_norm) {
-  return at::clamp_max(at::reciprocal(total + 1e-6) * max_norm, 1.0).item<double>();
+double steady_seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-}  // namespace
-
-Executor::Executor(at::ScalarType dtype, at::Device device, AdamW optimizer)
-    : dtype_(dtype), device_(device), optimizer_(optimizer) {}
+Executor::Executor(const SessionSpec& spec) : spec_(spec), account_(Account::make()) {
+  if (spec_.device_bytes.has_value()) account_.cap = *spec_.device_bytes;
+  copies_ = spec_.sim.adversary.has_value() ? adversary_copies(*spec_.sim.adversary) : threaded_copies(spec_.sim);
+}
 
 ModelState& Executor::state() {
   if (!state_) fail("INVALID_ARGUMENT", "[session] no graph is loaded: call load() first");
+  flush();
   return *state_;
 }
 
@@ -67,9 +41,22 @@ const Graph& Executor::graph() const {
   return train_->graph;
 }
 
+namespace {
+
+Error out_of_memory(const std::string& block, const std::string& why, int64_t arena, int64_t passes) {
+  std::ostringstream text;
+  text << "[block " << block << "] " << why << ". Of what is held, " << arena
+       << " bytes are the plan's own (parameters, state, sums, boundaries) and " << passes
+       << " what its passes compute with. Take a smaller micro-batch, a shorter sequence or recompute \"all\", or plan "
+          "with less device memory";
+  return Error("OUT_OF_MEMORY", text.str());
+}
+
+}  // namespace
+
 std::vector<Program> Executor::ready(const Graph& graph) const {
   std::vector<Program> programs;
-  for (const ProgramSpec& spec : graph.programs) programs.emplace_back(spec, device_);
+  for (const ProgramSpec& spec : graph.programs) programs.emplace_back(spec, spec_.device);
   for (const BlockSpec& block : graph.blocks) {
     if (block.program < 0 || block.program >= static_cast<int>(programs.size()))
       fail("GRAPH", "[graph] block ", block.name, " names program ", block.program, ", which does not exist");
@@ -80,32 +67,56 @@ std::vector<Program> Executor::ready(const Graph& graph) const {
   return programs;
 }
 
-void Executor::load(Graph graph) {
+// Which blocks own what each block uses, and which have a backward.
+void Executor::link(LoadedGraph& loaded) const {
+  for (const auto& indices : loaded.parameters) {
+    std::vector<int> owners;
+    for (const int p : indices) owners.push_back(state_->parameters[p].spec.owner);
+    std::sort(owners.begin(), owners.end());
+    owners.erase(std::unique(owners.begin(), owners.end()), owners.end());
+    loaded.owners.push_back(std::move(owners));
+  }
+  const Graph& graph = loaded.graph;
+  loaded.has_backward.assign(graph.blocks.size(), 0);
+  for (const LossTerm& term : graph.losses) loaded.has_backward[term.block] = 1;
+  for (size_t b = graph.blocks.size(); b-- > 0;) {
+    if (!loaded.has_backward[b]) continue;
+    const BlockSpec& block = graph.blocks[b];
+    for (size_t i = 0; i < block.inputs.size(); ++i)
+      if (block.inputs[i].block >= 0 && graph.programs[block.program].inputs[i].grad)
+        loaded.has_backward[block.inputs[i].block] = 1;
+  }
+}
+
+void Executor::load(Graph graph, std::optional<Placement> placement) {
   if (train_) fail("INVALID_ARGUMENT", "[session] a graph is loaded already: one session trains one model");
   auto loaded = std::make_unique<LoadedGraph>();
   loaded->programs = ready(graph);
-  auto state = std::make_unique<ModelState>(graph, dtype_, device_);
+  state_ = std::make_unique<ModelState>(graph, spec_.dtype, spec_.format, std::move(placement), account_,
+                                        spec_.disk_folder);
   for (const BlockSpec& block : graph.blocks) loaded->parameters.push_back(block.parameters);
   loaded->graph = std::move(graph);
+  link(*loaded);
   train_ = std::move(loaded);
-  state_ = std::move(state);
 }
 
 void Executor::attach(const std::string& name, Graph graph) {
   auto loaded = std::make_unique<LoadedGraph>();
   loaded->programs = ready(graph);
+  if (!state_) fail("INVALID_ARGUMENT", "[session] no graph is loaded: call load() first");
   for (const BlockSpec& block : graph.blocks) {
     std::vector<int> indices;
     for (const int p : block.parameters) {
-      Parameter& parameter = state().find(graph.parameters[p].name);
+      Parameter& parameter = state_->find(graph.parameters[p].name);
       if (parameter.spec.shape != graph.parameters[p].shape)
         fail("GRAPH", "[session] parameter ", parameter.spec.name, " has shape ", at::IntArrayRef(parameter.spec.shape),
              " in the trained graph and ", at::IntArrayRef(graph.parameters[p].shape), " in the attached one");
-      indices.push_back(static_cast<int>(&parameter - state().parameters.data()));
+      indices.push_back(static_cast<int>(&parameter - state_->parameters.data()));
     }
     loaded->parameters.push_back(std::move(indices));
   }
   loaded->graph = std::move(graph);
+  link(*loaded);
   attached_[name] = std::move(loaded);
 }
 
@@ -148,239 +159,204 @@ int64_t Executor::count(const LossTerm& term, const Batch& batch) const {
   return it->second.ne(term.count_ignore).sum().item<int64_t>();
 }
 
-std::vector<at::Tensor> Executor::run_block(const LoadedGraph& loaded, int block, std::vector<at::Tensor> inputs,
-                                            const DimValues& dims) const {
-  const Program& program = loaded.programs[loaded.graph.blocks[block].program];
-  std::vector<at::Tensor> values = std::move(inputs);
-  values.reserve(program.spec().values);
-  for (const int p : loaded.parameters[block]) values.push_back(state_->parameters[p].value);
-  values.resize(program.spec().values);
+// A tape is for this session when its format and homes are; places are checked once, copies against both their ends.
+void Executor::prepare(const Tape& tape) const {
+  if (!(tape.format == state_->format()))
+    fail("TAPE", "[tape] is for another storage, masterWeight or optimizer than this session's");
+  const Placement& ours = state_->placement();
+  const auto same = [](const std::optional<Place>& a, const std::optional<Place>& b) {
+    return a.has_value() == b.has_value() &&
+           (!a.has_value() || (a->space == b->space && a->offset == b->offset && a->bytes == b->bytes));
+  };
+  bool equal = tape.placement.param.size() == ours.param.size() && tape.placement.state.size() == ours.state.size();
+  for (size_t b = 0; equal && b < ours.param.size(); ++b)
+    equal = same(tape.placement.param[b], ours.param[b]) && same(tape.placement.state[b], ours.state[b]);
+  if (!equal)
+    fail("TAPE", "[tape] has other homes for the state than this session. Load the session with this plan's placement");
+  for (const Place& place : tape.places) {
+    if (place.space == Space::kSlot) {
+      if (place.offset < 0 || place.offset >= tape.slots)
+        fail("TAPE", "[tape] slot ", place.offset, " is not one of ", tape.slots);
+    } else {
+      state_->memory().check(place, "a place");
+    }
+  }
+  const int places = static_cast<int>(tape.places.size()), blocks = static_cast<int>(train_->graph.blocks.size());
+  for (size_t i = 0; i < tape.instructions.size(); ++i) {
+    const Instruction& at = tape.instructions[i];
+    for (const int wait : at.waits)
+      if (wait < 0 || wait >= static_cast<int>(i)) fail("TAPE", "[tape] instruction ", i, " waits for ", wait);
+    for (const auto* list : {&at.params, &at.in, &at.out, &at.d_out, &at.d_in, &at.sums})
+      for (const int p : *list)
+        if (p < -1 || p >= places) fail("TAPE", "[tape] there is no place ", p);
+    for (const int p : {at.from, at.to, at.param, at.state})
+      if (p < -1 || p >= places) fail("TAPE", "[tape] there is no place ", p);
+    if (at.op == Op::kCopy) {
+      if (at.from < 0 || at.to < 0) fail("TAPE", "[tape] a copy lacks a place, at instruction ", i);
+      const Place &from = tape.places[at.from], &to = tape.places[at.to];
+      constexpr Space kEnds[kCopyQueues][2] = {{Space::kHost, Space::kDevice},
+                                               {Space::kDevice, Space::kHost},
+                                               {Space::kDisk, Space::kHost},
+                                               {Space::kHost, Space::kDisk}};
+      const auto& ends = kEnds[static_cast<int>(at.queue)];
+      if (from.space != ends[0] || to.space != ends[1])
+        fail("TAPE", "[tape] a copy's places are not those of its queue, at instruction ", i);
+      if (at.at < 0 || at.bytes < 0 || at.at > from.bytes - at.bytes || at.at > to.bytes - at.bytes)
+        fail("TAPE", "[tape] a copy goes beyond its places, at instruction ", i);
+      continue;
+    }
+    if (at.op == Op::kCoefficient) continue;
+    if (at.block < 0 || at.block >= blocks) fail("TAPE", "[tape] there is no block ", at.block);
+    const bool passes = at.op == Op::kForward || at.op == Op::kTurn || at.op == Op::kBackward;
+    if (passes && (at.micro_batch < 0 || at.micro_batch >= tape.micro_batches))
+      fail("TAPE", "[tape] there is no micro-batch ", at.micro_batch);
+  }
+}
+
+void Executor::execute(Step& step, const Instruction& at) {
+  if (step.dead) {
+    // Updates that an earlier step left pending are still carried out: their stores follow.
+    if (at.op == Op::kUpdate && at.retained) update(step, at);
+    return;
+  }
+  switch (at.op) {
+    case Op::kForward: {
+      Kept ran = forward(step, at, at.keep);
+      record_loss(step, at, ran);
+      store_outputs(step, at, ran);
+      if (at.keep) step.kept[{at.block, at.micro_batch}] = std::move(ran);
+      break;
+    }
+    case Op::kTurn: {
+      const Kept ran = forward(step, at, true);
+      record_loss(step, at, ran);
+      if (step.result.finite) backward(step, at, ran);
+      break;
+    }
+    case Op::kBackward: {
+      const auto kept = step.kept.find({at.block, at.micro_batch});
+      if (kept == step.kept.end()) {
+        backward(step, at, forward(step, at, true));
+      } else {
+        const Kept ran = std::move(kept->second);
+        step.kept.erase(kept);
+        backward(step, at, ran);
+      }
+      break;
+    }
+    case Op::kCast:
+      cast(step, at);
+      break;
+    case Op::kNorm:
+      norm(step, at);
+      break;
+    case Op::kCoefficient:
+      coefficient(step);
+      break;
+    case Op::kPack:
+      pack(step, at);
+      break;
+    case Op::kUpdate:
+      update(step, at);
+      break;
+    case Op::kCopy:
+      break;
+  }
+  // A loss or norm that is not finite ends the arithmetic of the step.
+  if (!step.result.finite) step.dead = true;
+}
+
+void Executor::walk(Step& step, const std::atomic<bool>& cancelled) {
+  const Tape& tape = step.tape;
+  const AccountScope scope(account_);
+  std::optional<Profile>& profile = step.result.profile;
+  if (step.request.profile) {
+    profile.emplace();
+    const size_t n = tape.instructions.size();
+    profile->timeline.start.assign(n, 0);
+    profile->timeline.end.assign(n, 0);
+    profile->device_bytes.assign(n, 0);
+    profile->device_peak.assign(n, 0);
+  }
+  account_.reset_peak();
+  int64_t peak = account_.peak;
+  copies_->begin(tape, state_->memory(), profile.has_value() ? &profile->timeline : nullptr);
   try {
-    program.run(values, loaded.graph.dims, dims);
-  } catch (const c10::OutOfMemoryError& error) {
-    fail("OUT_OF_MEMORY", "[block ", loaded.graph.blocks[block].name, "] ", error.what_without_backtrace(),
-         ". Take a smaller micro-batch, a shorter sequence or recompute \"all\"");
-  } catch (const c10::Error& error) {
-    fail("NATIVE", "[block ", loaded.graph.blocks[block].name, "] ", error.what_without_backtrace());
-  }
-  std::vector<at::Tensor> outputs;
-  for (const ProgramOutput& output : program.spec().outputs) outputs.push_back(values[output.value]);
-  return outputs;
-}
-
-std::vector<at::Tensor> Executor::block_inputs(Step& step, const Instruction& at) const {
-  const BlockSpec& block = train_->graph.blocks[at.block];
-  const auto& specs = train_->programs[block.program].spec().inputs;
-  if (at.in.size() != specs.size()) fail("TAPE", "[tape] block ", block.name, " has ", specs.size(), " inputs");
-  const Batch& batch = step.request.micro_batches[at.micro_batch];
-  std::vector<at::Tensor> inputs;
-  for (size_t i = 0; i < specs.size(); ++i) {
-    switch (specs[i].kind) {
-      case ProgramInput::Kind::kBoundary: {
-        const at::Tensor& x = step.slot(at.in[i], "an input");
-        if (!x.defined()) fail("TAPE", "[tape] block ", block.name, " reads slot ", at.in[i], ", which holds nothing");
-        at::Tensor leaf = x.detach();
-        // The same flag with and without autograd: at::matmul chooses its kernel by it.
-        if (specs[i].grad) leaf.set_requires_grad(true);
-        inputs.push_back(std::move(leaf));
-        break;
+    for (size_t i = 0; i < tape.instructions.size(); ++i) {
+      const Instruction& at = tape.instructions[i];
+      if (at.op == Op::kCopy) {
+        copies_->issue(static_cast<int>(i));
+        continue;
       }
-      case ProgramInput::Kind::kBatch: {
-        const auto it = batch.find(block.inputs[i].name);
-        if (it == batch.end())
-          fail("INVALID_ARGUMENT", "[session] the batch has no input \"", block.inputs[i].name, "\"");
-        inputs.push_back(it->second);
-        break;
+      if (cancelled.load() && !tape.flush && !step.dead && !step.committed && !(step.closed && !tape.has_copies))
+        step.dead = step.aborted = true;
+      if (step.dead && !tape.has_copies) break;
+      copies_->await(static_cast<int>(i));
+      if (profile.has_value()) profile->timeline.start[i] = steady_seconds();
+      // A pass that fails must not leave half of the state moved: the walk goes on without arithmetic.
+      try {
+        execute(step, at);
+      } catch (const c10::OutOfMemoryError& error) {
+        step.failure = std::make_exception_ptr(
+            out_of_memory(train_->graph.blocks[std::max(0, at.block)].name, error.what_without_backtrace(),
+                          state_->memory().device_bytes(), account_.live - state_->memory().device_bytes()));
+      } catch (...) {
+        step.failure = std::current_exception();
       }
-      case ProgramInput::Kind::kLossScale: {
-        const int64_t count = step.counts[loss_named(train_->graph, block.inputs[i].name)];
-        inputs.push_back(
-            at::scalar_tensor(1.0 / static_cast<double>(count), at::dtype(specs[i].dtype).device(device_)));
-        break;
+      if (step.failure != nullptr && !step.dead) {
+        step.dead = true;
+        step.kept.clear();
       }
-      case ProgramInput::Kind::kRngKey: {
-        at::Tensor key = at::empty({4}, at::kLong);
-        int64_t* k = key.mutable_data_ptr<int64_t>();
-        k[0] = step.request.seed;
-        k[1] = step.request.step;
-        k[2] = at.micro_batch;
-        k[3] = at.block;
-        inputs.push_back(std::move(key));
-        break;
+      peak = std::max<int64_t>(peak, account_.peak);
+      if (profile.has_value()) {
+        profile->timeline.end[i] = steady_seconds();
+        profile->device_bytes[i] = account_.live;
+        profile->device_peak[i] = account_.peak;
+        account_.reset_peak();
       }
+      copies_->finished(static_cast<int>(i));
     }
+  } catch (...) {
+    copies_->end();
+    if (tape.has_copies) broken_ = true;
+    throw;
   }
-  return inputs;
-}
-
-Executor::Kept Executor::forward(Step& step, const Instruction& at, bool with_grad) {
-  const at::AutoGradMode mode(with_grad);
-  Kept ran;
-  ran.inputs = block_inputs(step, at);
-  ran.outputs = run_block(*train_, at.block, ran.inputs, step.dims[at.micro_batch]);
-  return ran;
-}
-
-void Executor::record_loss(Step& step, const Instruction& at, const Kept& ran) {
-  for (size_t o = 0; o < ran.outputs.size(); ++o) {
-    const int term = loss_of(train_->graph, at.block, static_cast<int>(o));
-    if (term < 0) continue;
-    const double value = ran.outputs[o].item<double>();
-    const double weighted = value * train_->graph.losses[term].weight;
-    step.result.losses[term] += value;
-    step.result.loss += weighted;
-    const int64_t count = step.micro_counts[at.micro_batch][term];
-    if (count > 0)
-      step.result.micro_batch_losses[at.micro_batch] +=
-          weighted * static_cast<double>(step.counts[term]) / static_cast<double>(count);
-    if (!std::isfinite(value) && step.result.finite) {
-      step.result.finite = false;
-      step.result.non_finite_micro_batch = at.micro_batch;
-      step.result.non_finite_loss = value;
-    }
-  }
-}
-
-void Executor::store_outputs(Step& step, const Instruction& at, const Kept& ran) {
-  if (at.out.size() != ran.outputs.size())
-    fail("TAPE", "[tape] block ", train_->graph.blocks[at.block].name, " has ", ran.outputs.size(), " outputs");
-  for (size_t o = 0; o < ran.outputs.size(); ++o)
-    if (at.out[o] >= 0) step.slot(at.out[o], "an output") = ran.outputs[o].detach().contiguous();
-}
-
-// Gradients of the block's outputs -> its sums and the gradients of its inputs.
-void Executor::backward(Step& step, const Instruction& at, const Kept& ran) {
-  const BlockSpec& block = train_->graph.blocks[at.block];
-  BlockState& flat = state_->blocks[at.block];
-  std::vector<at::Tensor> outputs, seeds, wanted;
-  for (size_t o = 0; o < ran.outputs.size(); ++o) {
-    const at::Tensor& y = ran.outputs[o];
-    if (!y.requires_grad()) continue;
-    const int term = loss_of(train_->graph, at.block, static_cast<int>(o));
-    if (term >= 0) {
-      outputs.push_back(y);
-      seeds.push_back(at::scalar_tensor(train_->graph.losses[term].weight, y.options().requires_grad(false)));
-    } else if (o < at.d_out.size() && at.d_out[o] >= 0) {
-      const at::Tensor& dy = step.slot(at.d_out[o], "an output's gradient");
-      if (!dy.defined()) fail("TAPE", "[tape] block ", block.name, " reads a gradient slot that holds nothing");
-      outputs.push_back(y);
-      seeds.push_back(dy);
-    }
-  }
-  std::vector<int> parameter_at, input_at;
-  for (size_t p = 0; p < block.parameters.size(); ++p)
-    if (flat.sum[p].defined()) {
-      wanted.push_back(state_->parameters[block.parameters[p]].value);
-      parameter_at.push_back(static_cast<int>(p));
-    }
-  for (size_t i = 0; i < at.d_in.size(); ++i) {
-    if (at.d_in[i] < 0) continue;
-    const at::Tensor& x = ran.inputs[i];
-    wanted.push_back(x);
-    input_at.push_back(static_cast<int>(i));
-    // A partial sum of later blocks enters first, as a gradient of the boundary itself: autograd's own order.
-    if (i < at.add.size() && at.add[i]) {
-      const at::Tensor& partial = step.slot(at.d_in[i], "an input's gradient");
-      if (!partial.defined()) fail("TAPE", "[tape] block ", block.name, " adds to a slot that holds nothing");
-      outputs.push_back(x);
-      seeds.push_back(partial);
-    }
-  }
-  if (outputs.empty() || wanted.empty()) return;
-  const at::AutoGradMode mode(true);
-  const auto grads = torch::autograd::grad(outputs, wanted, seeds, /*retain_graph=*/false, /*create_graph=*/false,
-                                           /*allow_unused=*/true);
-  const at::NoGradGuard no_grad;
-  for (size_t p = 0; p < parameter_at.size(); ++p) {
-    if (!grads[p].defined()) continue;
-    const int index = parameter_at[p];
-    // The first one overwrites: nothing is ever zeroed.
-    if (flat.touched[index])
-      flat.sum[index].add_(grads[p]);
-    else
-      flat.sum[index].copy_(grads[p]);
-    flat.touched[index] = 1;
-  }
-  for (size_t i = 0; i < input_at.size(); ++i) {
-    const at::Tensor& dx = grads[parameter_at.size() + i];
-    const at::Tensor& x = ran.inputs[input_at[i]];
-    step.slot(at.d_in[input_at[i]], "an input's gradient") =
-        dx.defined() ? dx.detach().contiguous() : at::zeros_like(x, x.options().requires_grad(false));
-  }
-}
-
-void Executor::norm(Step& step, int block) {
-  const at::NoGradGuard no_grad;
-  for (size_t i = 0; i < state_->parameters.size(); ++i) {
-    Parameter& p = state_->parameters[i];
-    if (p.spec.owner != block || p.uses.empty()) continue;
-    // The sum of a tied parameter is formed once, here, in the order of its uses, into the first use that was touched.
-    at::Tensor total;
-    for (const auto& [b, use] : p.uses) {
-      if (!state_->blocks[b].touched[use]) continue;
-      if (!total.defined())
-        total = state_->blocks[b].sum[use];
-      else
-        total.add_(state_->blocks[b].sum[use]);
-    }
-    if (total.defined()) step.norms[i] = at::linalg_vector_norm(total, 2);
-  }
-}
-
-void Executor::coefficient(Step& step) {
-  const at::NoGradGuard no_grad;
-  std::vector<at::Tensor> norms;
-  for (const at::Tensor& n : step.norms)
-    if (n.defined()) norms.push_back(n);
-  step.closed = true;
-  if (norms.empty()) return;
-  const at::Tensor total = at::linalg_vector_norm(at::stack(norms), 2);
-  step.result.grad_norm = total.item<double>();
-  if (step.request.max_grad_norm.has_value()) step.coefficient = clip_coefficient(total, *step.request.max_grad_norm);
-  if (step.result.finite && !std::isfinite(step.result.grad_norm)) {
-    step.result.finite = false;
-    step.result.non_finite_loss = step.result.grad_norm;
-  }
-}
-
-void Executor::update(Step& step, int block) {
-  if (!step.closed) fail("TAPE", "[tape] an update stands before the coefficient");
-  const at::NoGradGuard no_grad;
-  static const auto adamw =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("stroma::adamw_", "")
-          .typed<void(at::Tensor&, const at::Tensor&, at::Tensor&, at::Tensor&, double, double, double, double, double,
-                      int64_t, double, const std::optional<at::Tensor>&)>();
-  for (Parameter& p : state_->parameters) {
-    if (p.spec.owner != block) continue;
-    at::Tensor sum;
-    for (const auto& [b, use] : p.uses)
-      if (!sum.defined() && state_->blocks[b].touched[use]) sum = state_->blocks[b].sum[use];
-    if (!sum.defined()) continue;  // no micro-batch reached it: like PyTorch, no decay either
-    ++p.updates;
-    at::Tensor compute = p.value.detach();
-    at::Tensor& target = p.master.defined() ? p.master : compute;
-    const std::optional<at::Tensor> copy = p.master.defined() ? std::optional<at::Tensor>(compute) : std::nullopt;
-    adamw.call(target, sum, p.exp_avg, p.exp_avg_sq, step.request.learning_rate, optimizer_.beta1, optimizer_.beta2,
-               optimizer_.epsilon, p.spec.decay ? optimizer_.weight_decay : 0.0, p.updates, step.coefficient, copy);
-  }
+  copies_->end();
+  step.result.copied = copies_->counts();
+  step.result.peak_device_bytes = peak;
 }
 
 StepResult Executor::step(const StepRequest& request, const std::atomic<bool>& cancelled) {
-  state();
+  if (!state_) fail("INVALID_ARGUMENT", "[session] no graph is loaded: call load() first");
   const Graph& graph = train_->graph;
   const Tape& tape = *request.tape;
+  if (broken_)
+    fail("NATIVE", "[session] a copy failed in an earlier step, and state moved only in part. Resume from a checkpoint");
+  if (tape.flush) fail("INVALID_ARGUMENT", "[session] expected the tape of a step, got that of a flush");
   if (static_cast<int>(request.micro_batches.size()) != tape.micro_batches)
     fail("INVALID_ARGUMENT", "[session] expected ", tape.micro_batches, " micro-batches, as the tape has, got ",
          request.micro_batches.size());
-  const auto begin = std::chrono::steady_clock::now();
+  if (tape.update == UpdateOrder::kForward && !request.flush)
+    fail("INVALID_ARGUMENT", "[session] a tape that updates on forward needs its flush tape in the request");
+  if (prepared_ != request.tape) {
+    prepare(tape);
+    if (request.flush) prepare(*request.flush);
+    // Another schedule may keep gradients elsewhere.
+    flush();
+    prepared_ = request.tape;
+  }
+  const double begin = steady_seconds();
   reset_host_peak();
-  Step step{request, {}, {}, {}, {}, {}, {}, {}};
+  Step step(request, tape);
   step.slots.resize(tape.slots);
   step.norms.resize(state_->parameters.size());
+  step.next.touched.assign(state_->parameters.size(), 0);
   step.result.losses.assign(graph.losses.size(), 0);
   step.result.micro_batch_losses.assign(tape.micro_batches, 0);
   step.counts.assign(graph.losses.size(), 0);
+  step.shapes.resize(tape.micro_batches);
+  for (auto& by_block : step.shapes) by_block.resize(graph.blocks.size());
+  for (const BlockSpec& block : graph.blocks) step.touched.emplace_back(block.parameters.size(), 0);
   for (int m = 0; m < tape.micro_batches; ++m) {
     const Batch& batch = request.micro_batches[m];
     step.dims.push_back(bind(graph, batch, "micro-batch " + std::to_string(m)));
@@ -394,60 +370,34 @@ StepResult Executor::step(const StepRequest& request, const std::atomic<bool>& c
       fail("DATA", "[session] nothing to learn from: no element of \"", graph.losses[i].count_input, "\" differs from ",
            graph.losses[i].count_ignore, " in any micro-batch");
   step.result.counts = step.counts;
-  for (BlockState& block : state_->blocks) std::fill(block.touched.begin(), block.touched.end(), 0);
+  last_sums_.assign(graph.blocks.size(), std::nullopt);
+  if (request.flush) flush_tape_ = request.flush;
 
-  using Op = Instruction::Op;
-  for (const Instruction& at : tape.instructions) {
-    if (at.op != Op::kCoefficient && (at.block < 0 || at.block >= static_cast<int>(graph.blocks.size())))
-      fail("TAPE", "[tape] there is no block ", at.block);
-    const bool passes = at.op == Op::kForward || at.op == Op::kTurn || at.op == Op::kBackward;
-    if (passes && (at.micro_batch < 0 || at.micro_batch >= tape.micro_batches))
-      fail("TAPE", "[tape] there is no micro-batch ", at.micro_batch);
-    if (cancelled.load() && !step.closed) fail("ABORTED", "[session] the step was cancelled; nothing was updated");
-    switch (at.op) {
-      case Op::kForward: {
-        Kept ran = forward(step, at, at.keep);
-        record_loss(step, at, ran);
-        store_outputs(step, at, ran);
-        if (at.keep) step.kept[{at.block, at.micro_batch}] = std::move(ran);
-        break;
-      }
-      case Op::kTurn: {
-        const Kept ran = forward(step, at, true);
-        record_loss(step, at, ran);
-        if (step.result.finite) backward(step, at, ran);
-        break;
-      }
-      case Op::kBackward: {
-        const auto kept = step.kept.find({at.block, at.micro_batch});
-        if (kept == step.kept.end()) {
-          backward(step, at, forward(step, at, true));
-        } else {
-          const Kept ran = std::move(kept->second);
-          step.kept.erase(kept);
-          backward(step, at, ran);
-        }
-        break;
-      }
-      case Op::kNorm:
-        norm(step, at.block);
-        break;
-      case Op::kCoefficient:
-        coefficient(step);
-        break;
-      case Op::kUpdate:
-        update(step, at.block);
-        break;
-    }
-    // A loss or norm that is not finite ends the step with every parameter as it was.
-    if (!step.result.finite) break;
-  }
-  step.result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  walk(step, cancelled);
+  pending_ = step.dead ? Pending{} : std::move(step.next);
+  if (step.failure != nullptr) std::rethrow_exception(step.failure);
+  if (step.aborted) fail("ABORTED", "[session] the step was cancelled; nothing of it was kept");
+  last_touched_ = std::move(step.touched);
+  step.result.begin = begin;
+  step.result.seconds = steady_seconds() - begin;
   step.result.peak_host_bytes = host_memory().peak;
+  step.result.host_bytes = state_->memory().host_bytes();
   return std::move(step.result);
 }
 
+void Executor::flush() {
+  if (!pending_.valid) return;
+  StepRequest request;
+  request.tape = flush_tape_;
+  Step step(request, *flush_tape_);
+  const std::atomic<bool> never{false};
+  walk(step, never);
+  pending_ = {};
+  if (step.failure != nullptr) std::rethrow_exception(step.failure);
+}
+
 std::map<std::string, at::Tensor> Executor::run(const std::string& name, const Batch& batch, int64_t seed) {
+  flush();
   const auto found = attached_.find(name);
   if (found == attached_.end()) fail("INVALID_ARGUMENT", "[session] no graph is attached as \"", name, "\"");
   const LoadedGraph& loaded = *found->second;
@@ -460,6 +410,11 @@ std::map<std::string, at::Tensor> Executor::run(const std::string& name, const B
     for (const Source& source : graph.blocks[b].inputs)
       if (source.block >= 0) last[source.block] = static_cast<int>(b);
   for (const GraphOutput& output : graph.outputs) last[output.block] = static_cast<int>(graph.blocks.size());
+  // Parameters come in block by block and go after their last user.
+  std::vector<at::Tensor> flat(train_->graph.blocks.size());
+  std::vector<int> last_use(flat.size(), -1);
+  for (size_t b = 0; b < graph.blocks.size(); ++b)
+    for (const int owner : loaded.owners[b]) last_use[owner] = static_cast<int>(b);
   std::vector<std::vector<at::Tensor>> boundaries(graph.blocks.size());
   for (size_t b = 0; b < graph.blocks.size(); ++b) {
     const BlockSpec& block = graph.blocks[b];
@@ -483,7 +438,7 @@ std::map<std::string, at::Tensor> Executor::run(const std::string& name, const B
         case ProgramInput::Kind::kLossScale: {
           const int64_t n = count(graph.losses[loss_named(graph, source.name)], batch);
           inputs.push_back(at::scalar_tensor(n == 0 ? 0.0 : 1.0 / static_cast<double>(n),
-                                             at::dtype(specs[i].dtype).device(device_)));
+                                             at::dtype(specs[i].dtype).device(spec_.device)));
           break;
         }
         case ProgramInput::Kind::kRngKey:
@@ -491,7 +446,18 @@ std::map<std::string, at::Tensor> Executor::run(const std::string& name, const B
           break;
       }
     }
-    boundaries[b] = run_block(loaded, static_cast<int>(b), std::move(inputs), dims);
+    for (const int owner : loaded.owners[b])
+      if (!flat[owner].defined()) flat[owner] = flat_parameters(owner);
+    std::vector<at::Tensor> parameters;
+    for (const int p : loaded.parameters[b]) {
+      const Parameter& parameter = state_->parameters[p];
+      parameters.push_back(flat[parameter.spec.owner]
+                               .narrow(0, parameter.layout.param, parameter.layout.elements)
+                               .view(parameter.spec.shape));
+    }
+    boundaries[b] = run_block(loaded, static_cast<int>(b), std::move(inputs), parameters, dims);
+    for (const int owner : loaded.owners[b])
+      if (last_use[owner] == static_cast<int>(b)) flat[owner].reset();
     for (size_t e = 0; e <= b; ++e)
       if (last[e] <= static_cast<int>(b) && last[e] >= 0) boundaries[e].clear();
   }
@@ -501,10 +467,26 @@ std::map<std::string, at::Tensor> Executor::run(const std::string& name, const B
   return outputs;
 }
 
+// All parameters that a block owns, in the graph's dtype: its home, or a copy.
+at::Tensor Executor::flat_parameters(int owner) const {
+  const Place& home = *state_->placement().param[owner];
+  const at::ScalarType storage = state_->format().storage;
+  const int64_t elements = home.bytes / static_cast<int64_t>(c10::elementSize(storage));
+  if (home.space != Space::kDisk) return state_->memory().view(home, 0, {elements}, storage).to(spec_.dtype);
+  const at::Tensor copy = at::empty({elements}, at::dtype(storage));
+  state_->memory().access(home, 0, copy.mutable_data_ptr(), home.bytes, /*write=*/false);
+  return copy.to(spec_.dtype);
+}
+
 at::Tensor Executor::gradient(const std::string& name) {
-  for (const auto& [block, use] : state().find(name).uses)
-    if (state_->blocks[block].touched[use]) return state_->blocks[block].sum[use];
-  fail("INVALID_ARGUMENT", "[session] the last step left no gradient of \"", name, "\"");
+  const Parameter& p = state().find(name);
+  for (const auto& [block, use] : p.uses)
+    if (block < static_cast<int>(last_sums_.size()) && last_sums_[block].has_value() && last_touched_[block][use])
+      return state_->memory().view(*last_sums_[block],
+                                   state_->layout[block].sums[use] * static_cast<int64_t>(c10::elementSize(state_->wide())),
+                                   p.spec.shape, state_->wide());
+  fail("INVALID_ARGUMENT", "[session] the last step left no gradient of \"", name,
+       "\" (only tapes that update at the end keep them)");
 }
 
 }  // namespace stroma::engine

@@ -1,5 +1,6 @@
 // Executes tapes: one optimizer step is one walk over the instructions. No autograd across blocks; everything that a
-// schedule decides (order, slots, recompute) stands in the tape, and nothing here knows models or operators by name.
+// schedule decides (order, places, copies, recompute) stands in the tape, and nothing here knows models or operators by
+// name. executor.cc walks, passes.cc runs blocks forward and backward, update.cc closes and applies gradients.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -8,6 +9,7 @@
 #include <memory>
 #include <optional>
 
+#include "engine/copies.h"
 #include "engine/program.h"
 #include "engine/state.h"
 
@@ -19,12 +21,30 @@ struct AdamW {
   double beta1, beta2, epsilon, weight_decay;
 };
 
+struct SessionSpec {
+  at::ScalarType dtype = at::kFloat;  // the graph's
+  at::Device device = at::kCPU;
+  StateFormat format;
+  AdamW optimizer{};
+  std::optional<int64_t> device_bytes;  // cap of a simulated device
+  SimOptions sim;
+  std::string disk_folder;
+};
+
 struct StepRequest {
   std::shared_ptr<const Tape> tape;
+  std::shared_ptr<const Tape> flush;  // for tapes that update on forward: carries out what this step leaves pending
   std::vector<Batch> micro_batches;
   int64_t step = 0, seed = 0;
   double learning_rate = 0;
   std::optional<double> max_grad_norm;
+  bool profile = false;
+};
+
+// By instruction: seconds of the steady clock, bytes on the device.
+struct Profile {
+  Timeline timeline;
+  std::vector<int64_t> device_bytes, device_peak;
 };
 
 struct StepResult {
@@ -36,8 +56,11 @@ struct StepResult {
   bool finite = true;
   int non_finite_micro_batch = -1;
   double non_finite_loss = 0;
-  double seconds = 0;
-  int64_t peak_host_bytes = 0, peak_device_bytes = 0;
+  std::vector<int> skipped_blocks;
+  double begin = 0, seconds = 0;
+  CopyCounts copied;
+  int64_t peak_host_bytes = 0, peak_device_bytes = 0, host_bytes = 0;
+  std::optional<Profile> profile;
 };
 
 // A graph with its programs made ready; shares the state of the model by parameter name.
@@ -45,46 +68,83 @@ struct LoadedGraph {
   Graph graph;
   std::vector<Program> programs;
   std::vector<std::vector<int>> parameters;  // by block: into ModelState::parameters
+  std::vector<std::vector<int>> owners;      // by block: the blocks that own them, ascending
+  std::vector<char> has_backward;            // by block: whether a gradient reaches it
 };
 
 class Executor {
  public:
-  Executor(at::ScalarType dtype, at::Device device, AdamW optimizer);
+  explicit Executor(const SessionSpec& spec);
 
-  void load(Graph graph);
+  void load(Graph graph, std::optional<Placement> placement);
   void attach(const std::string& name, Graph graph);
-  // Throws before any parameter changed, or returns with all of them updated (or, not finite, none).
+  // Throws before any parameter changed, or returns with all of them updated (or, not finite, none); tapes that update
+  // on backward: see docs/memory.md.
   StepResult step(const StepRequest& request, const std::atomic<bool>& cancelled);
+  void flush();
   std::map<std::string, at::Tensor> run(const std::string& name, const Batch& batch, int64_t seed);
   at::Tensor gradient(const std::string& name);
-  ModelState& state();
+  ModelState& state();  // with nothing pending
   const Graph& graph() const;
+  const Memory* memory() const { return state_ ? &state_->memory() : nullptr; }
 
  private:
+  // What one pass of a block over a micro-batch holds until its backward.
   struct Kept {
-    std::vector<at::Tensor> inputs, outputs;
+    std::vector<at::Tensor> inputs, parameters, outputs;
+  };
+  // Gradients retained for the next step's forward, and the closed record of their step.
+  struct Pending {
+    bool valid = false;
+    double learning_rate = 0, coefficient = 1;
+    int64_t seed = 0;
+    std::vector<char> touched;              // by parameter; cleared as each is updated
+    std::vector<double> block_coefficients;  // clipping by block
   };
   struct Step;  // all that lives for one step
+
   std::vector<Program> ready(const Graph& graph) const;
+  void link(LoadedGraph& loaded) const;
   DimValues bind(const Graph& graph, const Batch& batch, const std::string& where) const;
   int64_t count(const LossTerm& term, const Batch& batch) const;
-  std::vector<at::Tensor> run_block(const LoadedGraph& loaded, int block, std::vector<at::Tensor> values,
-                                    const DimValues& dims) const;
+  std::vector<at::Tensor> run_block(const LoadedGraph& loaded, int block, std::vector<at::Tensor> inputs,
+                                    const std::vector<at::Tensor>& parameters, const DimValues& dims) const;
+  at::Tensor flat_parameters(int owner) const;
+
+  void prepare(const Tape& tape) const;
+  void walk(Step& step, const std::atomic<bool>& cancelled);
+  void execute(Step& step, const Instruction& at);
+
+  const Place& place(const Step& step, int index, const char* what) const;
+  at::Tensor boundary(Step& step, int index, int micro_batch, int block, int output, at::ScalarType dtype) const;
+  void put(Step& step, int index, const at::Tensor& value) const;
+  std::vector<at::Tensor> parameters_at(const Step& step, const Instruction& at) const;
   std::vector<at::Tensor> block_inputs(Step& step, const Instruction& at) const;
   Kept forward(Step& step, const Instruction& at, bool with_grad);
   void store_outputs(Step& step, const Instruction& at, const Kept& ran);
   void backward(Step& step, const Instruction& at, const Kept& ran);
   void record_loss(Step& step, const Instruction& at, const Kept& ran);
-  void norm(Step& step, int block);
+  void cast(Step& step, const Instruction& at);
+  at::Tensor summed(const Step& step, const Instruction& at, const Parameter& parameter, bool form) const;
+  double block_coefficient(const Step& step, int block) const;
+  void norm(Step& step, const Instruction& at);
   void coefficient(Step& step);
-  void update(Step& step, int block);
+  void pack(Step& step, const Instruction& at);
+  void update(Step& step, const Instruction& at);
 
-  at::ScalarType dtype_;
-  at::Device device_;
-  AdamW optimizer_;
+  SessionSpec spec_;
+  Account& account_;
+  std::unique_ptr<Copies> copies_;
   std::unique_ptr<LoadedGraph> train_;
   std::unique_ptr<ModelState> state_;
   std::map<std::string, std::unique_ptr<LoadedGraph>> attached_;
+  Pending pending_;
+  std::shared_ptr<const Tape> flush_tape_;
+  // The last step's sums, while they are where they were (update at the end): place and touched flags by block.
+  std::vector<std::optional<Place>> last_sums_;
+  std::vector<std::vector<char>> last_touched_;
+  std::shared_ptr<const Tape> prepared_;
+  bool broken_ = false;  // a copy failed: homes hold a mixture of versions
 };
 
 }  // namespace stroma::engine

@@ -108,17 +108,61 @@ struct Graph {
   std::vector<GraphOutput> outputs;
 };
 
+enum class Space : uint8_t { kDevice, kHost, kDisk, kSlot };
+
+struct Place {
+  Space space = Space::kDevice;
+  int64_t offset = 0, bytes = 0;
+};
+
+enum class MasterWeight : uint8_t { kNone, kSplit16, kFloat32 };
+enum class RetainedDType : uint8_t { kFloat32, kFloat64, kBFloat16, kDynamic8 };
+enum class Clip : uint8_t { kNone, kBlock, kGlobal };
+enum class UpdateOrder : uint8_t { kEnd, kBackward, kForward };
+enum class CopyQueue : uint8_t { kIn, kOut, kLoad, kSave };
+constexpr int kCopyQueues = 4;
+
+// How parameters and optimizer state are stored.
+struct StateFormat {
+  at::ScalarType storage = at::kFloat;
+  MasterWeight master = MasterWeight::kNone;
+  bool eight_bit = false;
+  bool operator==(const StateFormat&) const = default;
+};
+
+// Where the state of every block lives between steps.
+struct Placement {
+  int64_t device_bytes = 0, host_bytes = 0, disk_bytes = 0;
+  std::vector<std::optional<Place>> param, state;  // by block
+};
+
+// Fields by op as in src/plan/types.ts; operands are indices into Tape::places, -1 where there is none.
 struct Instruction {
-  enum class Op : uint8_t { kForward, kTurn, kBackward, kNorm, kCoefficient, kUpdate } op;
+  enum class Op : uint8_t { kForward, kTurn, kBackward, kCast, kNorm, kCoefficient, kPack, kUpdate, kCopy } op;
   bool keep = false, first = false;
   int block = -1, micro_batch = -1;
-  std::vector<int> in, out, d_out, d_in;
+  std::vector<int> params, in, out, d_out, d_in;
   std::vector<char> add;
+  std::vector<int> sums;  // of a pass: one; of norm, pack and update: by user (update from retained: the retained place)
+  int from = -1, to = -1;
+  int param = -1, state = -1;
+  bool retained = false;
+  RetainedDType dtype = RetainedDType::kFloat32;
+  CopyQueue queue = CopyQueue::kIn;
+  int64_t at = 0, bytes = 0;
+  std::vector<int> waits;
 };
 
 struct Tape {
+  bool flush = false;
+  UpdateOrder update = UpdateOrder::kEnd;
+  Clip clip = Clip::kGlobal;
+  StateFormat format;
   int micro_batches = 0, slots = 0;
+  Placement placement;
+  std::vector<Place> places;
   std::vector<Instruction> instructions;
+  bool has_copies = false;
 };
 
 }  // namespace stroma::engine

@@ -3,7 +3,6 @@
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/util/Exception.h>
-#include <malloc.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -24,6 +23,36 @@ namespace {
 constexpr size_t kLarge = 64 << 10;  // from here on blocks are mapped and cached
 constexpr size_t kHugePage = 2 << 20;
 constexpr size_t kAlignment = 64;  // of small blocks, as in c10
+
+thread_local Account* current_account = nullptr;
+
+// Lies before every small block, in one alignment's room.
+struct Header {
+  size_t bytes;
+  Account* account;
+};
+static_assert(sizeof(Header) <= kAlignment);
+Header* header_of(void* data) { return reinterpret_cast<Header*>(static_cast<char*>(data) - kAlignment); }
+
+void leave(Account* account, size_t bytes) {
+  if (account != nullptr) account->live -= static_cast<int64_t>(bytes);
+}
+
+// Counts to the thread's account; refuses what goes beyond its cap.
+Account* enter(size_t bytes) {
+  Account* account = current_account;
+  if (account == nullptr) return nullptr;
+  const int64_t now = account->live.fetch_add(static_cast<int64_t>(bytes)) + static_cast<int64_t>(bytes);
+  if (now > account->cap) {
+    leave(account, bytes);
+    TORCH_CHECK_WITH(OutOfMemoryError, false, "[memory] the device holds ", now - static_cast<int64_t>(bytes), " of ",
+                     account->cap.load(), " bytes, and ", bytes, " more were asked for");
+  }
+  int64_t peak = account->peak.load();
+  while (now > peak && !account->peak.compare_exchange_weak(peak, now)) {
+  }
+  return account;
+}
 
 // What this process may use: the machine's memory or its cgroup's limit.
 size_t limit_in(const char* path) {
@@ -75,14 +104,34 @@ class HostAllocator final : public c10::Allocator {
   }
 
   void* small(size_t bytes) {
-    void* data = nullptr;
-    if (posix_memalign(&data, kAlignment, bytes) != 0) out_of_memory(bytes);
-    count(static_cast<int64_t>(malloc_usable_size(data)));
+    void* base = nullptr;
+    Account* account = enter(bytes);
+    if (posix_memalign(&base, kAlignment, bytes + kAlignment) != 0) {
+      leave(account, bytes);
+      out_of_memory(bytes);
+    }
+    void* data = static_cast<char*>(base) + kAlignment;
+    *header_of(data) = {bytes, account};
+    count(static_cast<int64_t>(bytes));
     return data;
   }
 
   void* large(size_t bytes) {
     const size_t size = round_up(bytes, kLarge);
+    Account* account = enter(size);
+    void* data = take(size);
+    if (data == nullptr) {
+      leave(account, size);
+      out_of_memory(bytes);
+    }
+    const std::lock_guard lock(mutex_);
+    used_.emplace(data, Used{size, account});
+    count(static_cast<int64_t>(size));
+    return data;
+  }
+
+  // From what is kept, else from the operating system; nullptr when that has no more.
+  void* take(size_t size) {
     {
       const std::lock_guard lock(mutex_);
       const auto it = free_.find(size);
@@ -90,21 +139,13 @@ class HostAllocator final : public c10::Allocator {
         void* data = it->second.back();
         it->second.pop_back();
         cached_ -= static_cast<int64_t>(size);
-        sizes_.emplace(data, size);
-        count(static_cast<int64_t>(size));
         return data;
       }
     }
     void* data = map(size);
-    if (data == nullptr) {
-      trim();
-      data = map(size);
-    }
-    if (data == nullptr) out_of_memory(bytes);
-    const std::lock_guard lock(mutex_);
-    sizes_.emplace(data, size);
-    count(static_cast<int64_t>(size));
-    return data;
+    if (data != nullptr) return data;
+    trim();
+    return map(size);
   }
 
   // Blocks of a huge page and more begin on one.
@@ -125,14 +166,17 @@ class HostAllocator final : public c10::Allocator {
   void give_back(void* data) {
     if (data == nullptr) return;
     const std::lock_guard lock(mutex_);
-    const auto it = sizes_.find(data);
-    if (it == sizes_.end()) {
-      live_ -= static_cast<int64_t>(malloc_usable_size(data));
-      std::free(data);
+    const auto it = used_.find(data);
+    if (it == used_.end()) {
+      const Header header = *header_of(data);
+      live_ -= static_cast<int64_t>(header.bytes);
+      leave(header.account, header.bytes);
+      std::free(header_of(data));
       return;
     }
-    const size_t size = it->second;
-    sizes_.erase(it);
+    const auto [size, account] = it->second;
+    used_.erase(it);
+    leave(account, size);
     live_ -= static_cast<int64_t>(size);
     // What is cached may not outgrow what was ever needed at once: shapes that come and go must not pile up.
     if (cached_ + live_ + static_cast<int64_t>(size) > peak_ever()) {
@@ -160,8 +204,12 @@ class HostAllocator final : public c10::Allocator {
     TORCH_CHECK_WITH(OutOfMemoryError, false, "[memory] the operating system refused ", bytes, " bytes of host memory");
   }
 
+  struct Used {
+    size_t size;
+    Account* account;
+  };
   mutable std::mutex mutex_;
-  std::unordered_map<void*, size_t> sizes_;    // large blocks in use
+  std::unordered_map<void*, Used> used_;       // large blocks
   std::map<size_t, std::vector<void*>> free_;  // large blocks kept, by size
   std::atomic<int64_t> live_{0}, peak_{0}, cached_{0};
   int64_t highest_ = 0;
@@ -178,12 +226,25 @@ void HostAllocator::release(void* data) { allocator().give_back(data); }
 
 }  // namespace
 
+AccountScope::AccountScope(Account& account) : before_(current_account) { current_account = &account; }
+AccountScope::~AccountScope() { current_account = before_; }
+
 void install_host_allocator() {
   static std::once_flag once;
   std::call_once(once, [] { c10::SetCPUAllocator(&allocator(), 100); });
 }
 HostMemory host_memory() { return allocator().memory(); }
 void reset_host_peak() { allocator().reset_peak(); }
+int64_t available_host_bytes() {
+  int64_t available = INT64_MAX;
+  std::ifstream file("/proc/meminfo");
+  for (std::string line; std::getline(file, line);)
+    if (line.rfind("MemAvailable:", 0) == 0) available = std::stoll(line.substr(13)) * 1024;
+  const size_t limit = limit_in("/sys/fs/cgroup/memory.max"), used = limit_in("/sys/fs/cgroup/memory.current");
+  if (limit != SIZE_MAX && used != SIZE_MAX)
+    available = std::min(available, static_cast<int64_t>(limit) - static_cast<int64_t>(std::min(limit, used)));
+  return available;
+}
 void trim_host_memory() { allocator().trim(); }
 
 }  // namespace stroma::engine

@@ -8,13 +8,8 @@
 namespace stroma::engine {
 namespace {
 
-int64_t element_count(const std::vector<int64_t>& shape) {
-  int64_t n = 1;
-  for (const int64_t size : shape) {
-    if (size < 0 || __builtin_mul_overflow(n, size, &n)) fail("GRAPH", "[graph] a parameter has an impossible shape");
-  }
-  return n;
-}
+constexpr const char* kNames[kStateKinds] = {"param",  "master", "low",     "exp_avg", "exp_avg_sq",
+                                             "state1", "state2", "absmax1", "absmax2", "step"};
 
 // FNV-1a over the name, mixed with the seed: every parameter draws from its own stream, whatever the others are.
 uint64_t stream_of(int64_t seed, const std::string& name) {
@@ -25,92 +20,53 @@ uint64_t stream_of(int64_t seed, const std::string& name) {
   return h;
 }
 
-struct Layout {
-  int64_t total = 0;
-  int64_t place(int64_t elements) {
-    const int64_t offset = total;
-    total += (elements + kAlignElements - 1) / kAlignElements * kAlignElements;
-    return offset;
-  }
-};
+void check_home(const std::optional<Place>& home, int64_t bytes, const char* what, const std::string& block) {
+  const int64_t planned = home.has_value() ? home->bytes : 0;
+  if (planned != bytes)
+    fail("TAPE", "[tape] expected ", bytes, " bytes for the home of ", what, " of ", block, ", got ", planned,
+         ". Plan for this graph and this storage, masterWeight and optimizer");
+}
 
 }  // namespace
 
-const char* state_kind_name(StateKind kind) {
-  switch (kind) {
-    case StateKind::kParam:
-      return "param";
-    case StateKind::kMaster:
-      return "master";
-    case StateKind::kExpAvg:
-      return "exp_avg";
-    case StateKind::kExpAvgSq:
-      return "exp_avg_sq";
-    case StateKind::kStep:
-      return "step";
-  }
-  return "?";
-}
+const char* state_kind_name(StateKind kind) { return kNames[static_cast<int>(kind)]; }
 
 StateKind state_kind_from_name(const std::string& name) {
-  for (const StateKind kind :
-       {StateKind::kParam, StateKind::kMaster, StateKind::kExpAvg, StateKind::kExpAvgSq, StateKind::kStep})
-    if (name == state_kind_name(kind)) return kind;
-  fail("INVALID_ARGUMENT", "[session] expected a kind of state (param, master, exp_avg, exp_avg_sq, step), got \"",
-       name, "\"");
+  for (int i = 0; i < kStateKinds; ++i)
+    if (name == kNames[i]) return static_cast<StateKind>(i);
+  std::string all;
+  for (const char* known : kNames) all += (all.empty() ? "" : ", ") + std::string(known);
+  fail("INVALID_ARGUMENT", "[session] expected a kind of state (", all, "), got \"", name, "\"");
 }
 
-ModelState::ModelState(const Graph& graph, at::ScalarType dtype, at::Device device)
-    : dtype_(dtype), wide_(dtype == at::kBFloat16 ? at::kFloat : dtype) {
+ModelState::ModelState(const Graph& graph, at::ScalarType dtype, const StateFormat& format,
+                       std::optional<Placement> placement, Account& account, const std::string& disk_folder)
+    : layout(layout_blocks(graph, dtype, format)), dtype_(dtype), format_(format) {
+  placement_ = placement.has_value() ? std::move(*placement) : resident_placement(layout);
+  if (placement_.param.size() != layout.size() || placement_.state.size() != layout.size())
+    fail("TAPE", "[tape] expected homes for ", layout.size(), " blocks, got ", placement_.param.size());
   parameters.resize(graph.parameters.size());
-  blocks.resize(graph.blocks.size());
   for (size_t i = 0; i < parameters.size(); ++i) {
     parameters[i].spec = graph.parameters[i];
+    parameters[i].layout.parameter = -1;
     index_.emplace(parameters[i].spec.name, static_cast<int>(i));
   }
-  const auto narrow = at::TensorOptions().device(device).dtype(dtype_);
-  const auto wide = at::TensorOptions().device(device).dtype(wide_);
-  for (size_t b = 0; b < blocks.size(); ++b) {
-    BlockState& state = blocks[b];
-    Layout owned, frozen, sums;
-    std::vector<std::pair<int, int64_t>> owned_at, frozen_at;
-    std::vector<int64_t> sum_at;
-    for (const int index : graph.blocks[b].parameters) {
-      const ParameterSpec& spec = parameters[index].spec;
-      const int64_t elements = element_count(spec.shape);
-      if (spec.owner == static_cast<int>(b))
-        (spec.trainable ? owned_at : frozen_at).emplace_back(index, (spec.trainable ? owned : frozen).place(elements));
-      sum_at.push_back(spec.trainable ? sums.place(elements) : -1);
-    }
-    state.parameters = at::zeros({owned.total}, narrow);
-    state.frozen = at::zeros({frozen.total}, narrow);
-    state.exp_avg = at::zeros({owned.total}, wide);
-    state.exp_avg_sq = at::zeros({owned.total}, wide);
-    state.sums = at::empty({sums.total}, wide);
-    if (dtype_ != wide_) state.master = at::zeros({owned.total}, wide);
-    const auto view = [](const at::Tensor& flat, int64_t offset, const ParameterSpec& spec) {
-      return flat.narrow(0, offset, element_count(spec.shape)).view(spec.shape);
-    };
-    for (const auto& [index, offset] : owned_at) {
-      Parameter& p = parameters[index];
-      p.value = view(state.parameters, offset, p.spec).detach();
-      p.value.set_requires_grad(true);
-      p.exp_avg = view(state.exp_avg, offset, p.spec);
-      p.exp_avg_sq = view(state.exp_avg_sq, offset, p.spec);
-      if (state.master.defined()) p.master = view(state.master, offset, p.spec);
-    }
-    for (const auto& [index, offset] : frozen_at)
-      parameters[index].value = view(state.frozen, offset, parameters[index].spec).detach();
-    for (size_t i = 0; i < sum_at.size(); ++i) {
-      Parameter& p = parameters[graph.blocks[b].parameters[i]];
-      state.sum.push_back(sum_at[i] < 0 ? at::Tensor() : view(state.sums, sum_at[i], p.spec));
-      if (sum_at[i] >= 0) p.uses.emplace_back(static_cast<int>(b), static_cast<int>(i));
-    }
-    state.touched.assign(sum_at.size(), 0);
+  for (size_t b = 0; b < layout.size(); ++b) {
+    check_home(placement_.param[b], layout[b].param_bytes, "parameters", graph.blocks[b].name);
+    check_home(placement_.state[b], layout[b].state_bytes, "optimizer state", graph.blocks[b].name);
+    for (const auto* list : {&layout[b].trainable, &layout[b].frozen})
+      for (const TensorLayout& t : *list) parameters[t.parameter].layout = t;
+    for (size_t i = 0; i < layout[b].sums.size(); ++i)
+      if (layout[b].sums[i] >= 0)
+        parameters[graph.blocks[b].parameters[i]].uses.emplace_back(static_cast<int>(b), static_cast<int>(i));
   }
   for (const Parameter& p : parameters)
-    if (!p.value.defined())
+    if (p.layout.parameter < 0)
       fail("GRAPH", "[graph] parameter ", p.spec.name, " is owned by block ", p.spec.owner, ", which does not use it");
+  memory_ = std::make_unique<Memory>(placement_, account, disk_folder);
+  for (const auto* homes : {&placement_.param, &placement_.state})
+    for (const std::optional<Place>& home : *homes)
+      if (home.has_value()) memory_->check(*home, "a home");
 }
 
 Parameter& ModelState::find(const std::string& name) {
@@ -119,47 +75,141 @@ Parameter& ModelState::find(const std::string& name) {
   return parameters[it->second];
 }
 
-at::Tensor ModelState::tensor(StateKind kind, Parameter& parameter) const {
+bool ModelState::holds(StateKind kind, const Parameter& p) const {
+  if (kind == StateKind::kParam) return true;
+  if (!p.spec.trainable) return false;
   switch (kind) {
-    case StateKind::kParam:
-      return parameter.value.detach();
     case StateKind::kMaster:
-      return parameter.master;
+      return format_.master == MasterWeight::kFloat32;
+    case StateKind::kLow:
+      return format_.master == MasterWeight::kSplit16;
     case StateKind::kExpAvg:
-      return parameter.exp_avg;
     case StateKind::kExpAvgSq:
-      return parameter.exp_avg_sq;
-    case StateKind::kStep:
-      return parameter.spec.trainable ? at::scalar_tensor(parameter.updates, at::kLong) : at::Tensor();
+      return !p.layout.quantized;
+    case StateKind::kState1:
+    case StateKind::kState2:
+    case StateKind::kAbsmax1:
+    case StateKind::kAbsmax2:
+      return p.layout.quantized;
+    default:
+      return true;
   }
-  return {};
 }
 
-void ModelState::assign(StateKind kind, Parameter& parameter, const at::Tensor& value) {
-  if (kind == StateKind::kStep) {
-    const int64_t step = value.item<int64_t>();
-    if (step < 0) fail("INVALID_ARGUMENT", "[session] expected step >= 0 of ", parameter.spec.name, ", got ", step);
-    parameter.updates = step;
+at::ScalarType ModelState::dtype_of(StateKind kind) const {
+  switch (kind) {
+    case StateKind::kParam:
+      return format_.storage;
+    case StateKind::kLow:
+      return at::kShort;
+    case StateKind::kExpAvg:
+    case StateKind::kExpAvgSq:
+      return wide();
+    case StateKind::kState1:
+    case StateKind::kState2:
+      return at::kByte;
+    case StateKind::kStep:
+      return at::kLong;
+    default:
+      return at::kFloat;
+  }
+}
+
+std::vector<int64_t> ModelState::shape_of(StateKind kind, const Parameter& p) const {
+  if (kind == StateKind::kStep) return {};
+  if (kind == StateKind::kAbsmax1 || kind == StateKind::kAbsmax2)
+    return {(p.layout.elements + kAlignElements - 1) / kAlignElements};
+  return p.spec.shape;
+}
+
+ModelState::Range ModelState::range(StateKind kind, const Parameter& p) const {
+  const TensorLayout& t = p.layout;
+  const size_t owner = static_cast<size_t>(p.spec.owner);
+  const int64_t itemsize = static_cast<int64_t>(c10::elementSize(dtype_of(kind)));
+  const int64_t bytes = c10::multiply_integers(shape_of(kind, p)) * itemsize;
+  switch (kind) {
+    case StateKind::kParam:
+      return {&*placement_.param[owner], t.param * itemsize, bytes};
+    case StateKind::kMaster:
+    case StateKind::kLow:
+      return {&*placement_.state[owner], t.master, bytes};
+    case StateKind::kExpAvg:
+    case StateKind::kState1:
+      return {&*placement_.state[owner], t.first, bytes};
+    case StateKind::kExpAvgSq:
+    case StateKind::kState2:
+      return {&*placement_.state[owner], t.second, bytes};
+    case StateKind::kAbsmax1:
+      return {&*placement_.state[owner], t.absmax1, bytes};
+    default:
+      return {&*placement_.state[owner], t.absmax2, bytes};
+  }
+}
+
+bool ModelState::in_memory(StateKind kind, const Parameter& p) const {
+  return kind == StateKind::kStep || range(kind, p).home->space != Space::kDisk;
+}
+
+bool ModelState::fits_twice() const {
+  for (const auto* homes : {&placement_.param, &placement_.state})
+    for (const std::optional<Place>& home : *homes)
+      if (home.has_value() && home->space == Space::kDisk) return false;
+  return bytes() < available_host_bytes() / 2;
+}
+
+at::Tensor ModelState::tensor(StateKind kind, const Parameter& p) const {
+  if (kind == StateKind::kStep) return at::scalar_tensor(p.updates, at::kLong);
+  const Range r = range(kind, p);
+  if (r.home->space != Space::kDisk) return memory_->view(*r.home, r.offset, shape_of(kind, p), dtype_of(kind));
+  at::Tensor copy = at::empty(shape_of(kind, p), at::dtype(dtype_of(kind)));
+  memory_->access(*r.home, r.offset, copy.mutable_data_ptr(), r.bytes, /*write=*/false);
+  return copy;
+}
+
+void ModelState::put(StateKind kind, const Parameter& p, const at::Tensor& value) {
+  const Range r = range(kind, p);
+  if (r.home->space != Space::kDisk) {
+    memory_->view(*r.home, r.offset, shape_of(kind, p), dtype_of(kind)).copy_(value);
     return;
   }
-  at::Tensor target = tensor(kind, parameter);
-  if (!target.defined())
-    fail("INVALID_ARGUMENT", "[session] this model holds no ", state_kind_name(kind), " of ", parameter.spec.name);
-  if (value.sizes() != target.sizes())
-    fail("INVALID_ARGUMENT", "[session] expected ", state_kind_name(kind), " of ", parameter.spec.name, " of shape ",
-         target.sizes(), ", got ", value.sizes());
-  target.copy_(value);
-  if (kind == StateKind::kParam && parameter.master.defined()) parameter.master.copy_(value);
-  if (kind == StateKind::kMaster) parameter.value.detach().copy_(value);
+  const at::Tensor bytes = value.to(dtype_of(kind)).contiguous();
+  memory_->access(*r.home, r.offset, const_cast<void*>(bytes.const_data_ptr()), r.bytes, /*write=*/true);
+}
+
+void ModelState::assign(StateKind kind, Parameter& p, const at::Tensor& value) {
+  if (kind == StateKind::kStep) {
+    const int64_t step = value.item<int64_t>();
+    if (step < 0) fail("INVALID_ARGUMENT", "[session] expected step >= 0 of ", p.spec.name, ", got ", step);
+    p.updates = step;
+    return;
+  }
+  if (!holds(kind, p))
+    fail("INVALID_ARGUMENT", "[session] this model holds no ", state_kind_name(kind), " of ", p.spec.name);
+  if (value.sizes() != at::IntArrayRef(shape_of(kind, p)))
+    fail("INVALID_ARGUMENT", "[session] expected ", state_kind_name(kind), " of ", p.spec.name, " of shape ",
+         at::IntArrayRef(shape_of(kind, p)), ", got ", value.sizes());
+  if (kind == StateKind::kParam && holds(StateKind::kLow, p)) {
+    // hi: the nearest bfloat16 (ties away from zero), low: what it lacks, as the bits' difference.
+    const at::Tensor bits = value.to(at::kFloat).contiguous().view(at::kInt);
+    const at::Tensor high = bits.add(0x8000).bitwise_right_shift(16);
+    put(kind, p, high.to(at::kShort).view(at::kBFloat16));
+    put(StateKind::kLow, p, bits.sub(high.bitwise_left_shift(16)).to(at::kShort));
+    return;
+  }
+  put(kind, p, value);
+  if (kind == StateKind::kParam && holds(StateKind::kMaster, p)) put(StateKind::kMaster, p, value);
+  if (kind == StateKind::kMaster) put(StateKind::kParam, p, value);
 }
 
 void ModelState::initialize(int64_t seed) {
+  for (const std::optional<Place>& home : placement_.state)
+    if (home.has_value()) memory_->zero(*home);
   for (Parameter& p : parameters) {
     const Init& init = p.spec.init;
     at::Tensor drawn;
     const auto shape = at::IntArrayRef(p.spec.shape);
     auto generator = at::detail::createCPUGenerator(stream_of(seed, p.spec.name));
-    const auto options = at::TensorOptions().dtype(wide_);
+    const auto options = at::TensorOptions().dtype(wide());
     switch (init.kind) {
       case Init::Kind::kNormal:
         drawn = at::empty(shape, options).normal_(0, init.a, generator);
@@ -175,19 +225,13 @@ void ModelState::initialize(int64_t seed) {
         break;
     }
     assign(StateKind::kParam, p, drawn);
-    if (p.exp_avg.defined()) {
-      p.exp_avg.zero_();
-      p.exp_avg_sq.zero_();
-    }
     p.updates = 0;
   }
 }
 
 int64_t ModelState::bytes() const {
   int64_t total = 0;
-  for (const BlockState& b : blocks)
-    for (const at::Tensor* t : {&b.parameters, &b.frozen, &b.master, &b.exp_avg, &b.exp_avg_sq, &b.sums})
-      if (t->defined()) total += static_cast<int64_t>(t->nbytes());
+  for (const BlockLayout& block : layout) total += block.param_bytes + block.state_bytes;
   return total;
 }
 

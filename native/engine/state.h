@@ -1,59 +1,70 @@
-// What a model is between steps: parameters and optimizer state, flat per block.
-//
-// Per block one contiguous buffer each for trainable parameters, frozen parameters, gradient sums, moments and masters;
-// tensors are views at offsets that are multiples of kAlignElements, equal in all buffers of the block.
+// What a model is between steps: parameters and optimizer state, flat per block, at the homes that a placement gives.
 #pragma once
 #include <ATen/core/Tensor.h>
 
 #include <memory>
+#include <unordered_map>
 
-#include "engine/graph.h"
+#include "engine/layout.h"
+#include "engine/memory.h"
 
 namespace stroma::engine {
 
-// 128 elements: 256 bytes in the smallest dtype of a parameter.
-constexpr int64_t kAlignElements = 128;
-
-enum class StateKind : uint8_t { kParam, kMaster, kExpAvg, kExpAvgSq, kStep };
+// In the order in which a file's tensors are assigned: what is finer comes after what is coarser.
+enum class StateKind : uint8_t { kParam, kMaster, kLow, kExpAvg, kExpAvgSq, kState1, kState2, kAbsmax1, kAbsmax2, kStep };
+constexpr int kStateKinds = 10;
 const char* state_kind_name(StateKind kind);
 StateKind state_kind_from_name(const std::string& name);  // throws INVALID_ARGUMENT
 
 struct Parameter {
   ParameterSpec spec;
-  at::Tensor value;   // leaf in the compute dtype, requires_grad when trainable
-  at::Tensor master;  // fp32, only under bfloat16
-  at::Tensor exp_avg, exp_avg_sq;
+  TensorLayout layout;
   int64_t updates = 0;  // PyTorch's `step` of this parameter
   // One gradient sum per use (tied parameters have several): {block, index among the block's parameters}.
   std::vector<std::pair<int, int>> uses;
 };
 
-struct BlockState {
-  at::Tensor parameters, frozen, master, exp_avg, exp_avg_sq, sums;
-  std::vector<at::Tensor> sum;  // by index among the block's parameters; undefined for frozen ones
-  std::vector<char> touched;    // whether this step has written the sum
-};
-
 class ModelState {
  public:
-  // dtype: of the parameters that blocks compute with; bfloat16 brings fp32 masters.
-  ModelState(const Graph& graph, at::ScalarType dtype, at::Device device);
+  // dtype: of the graph. Throws TAPE for a placement that does not fit, OUT_OF_MEMORY, DISK_FULL.
+  ModelState(const Graph& graph, at::ScalarType dtype, const StateFormat& format, std::optional<Placement> placement,
+             Account& account, const std::string& disk_folder);
 
   std::vector<Parameter> parameters;
-  std::vector<BlockState> blocks;
+  std::vector<BlockLayout> layout;  // by block
 
   Parameter& find(const std::string& name);  // throws INVALID_ARGUMENT
-  // Undefined where this model holds no such kind (masters of an fp32 model, moments of a frozen parameter).
-  at::Tensor tensor(StateKind kind, Parameter& parameter) const;
-  void initialize(int64_t seed);
+  // False where this model has no such kind (moments of a frozen parameter, masters of an fp32 model).
+  bool holds(StateKind kind, const Parameter& parameter) const;
+  at::ScalarType dtype_of(StateKind kind) const;
+  std::vector<int64_t> shape_of(StateKind kind, const Parameter& parameter) const;
+  bool in_memory(StateKind kind, const Parameter& parameter) const;
+  // Whether this machine's free memory holds a copy of all of it (never when some lies on disk).
+  bool fits_twice() const;
+  // A view of its home where that is memory, else a copy.
+  at::Tensor tensor(StateKind kind, const Parameter& parameter) const;
   // Copies into the state, converting; keeps the compute copy and the master in step.
   void assign(StateKind kind, Parameter& parameter, const at::Tensor& value);
+  void initialize(int64_t seed);
   int64_t bytes() const;
   at::ScalarType dtype() const { return dtype_; }
-  at::ScalarType wide() const { return wide_; }
+  at::ScalarType wide() const { return wide_of(dtype_); }
+  const StateFormat& format() const { return format_; }
+  const Placement& placement() const { return placement_; }
+  const Memory& memory() const { return *memory_; }
 
  private:
-  at::ScalarType dtype_, wide_;
+  struct Range {
+    const Place* home;
+    int64_t offset, bytes;
+  };
+  Range range(StateKind kind, const Parameter& parameter) const;
+  void put(StateKind kind, const Parameter& parameter, const at::Tensor& value);
+
+  at::ScalarType dtype_;
+  StateFormat format_;
+  Placement placement_;
+  std::unique_ptr<Memory> memory_;
   std::unordered_map<std::string, int> index_;
 };
 

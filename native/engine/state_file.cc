@@ -77,13 +77,22 @@ std::string key(StateKind kind, const std::string& name) { return std::string(st
 
 }  // namespace
 
-Snapshot::Snapshot(ModelState& state, const std::vector<StateKind>& kinds) {
+Snapshot::Snapshot(const ModelState& state, const std::vector<StateKind>& kinds) : state_(state) {
+  copied_ = state.fits_twice();
   const at::NoGradGuard no_grad;
-  for (Parameter& p : state.parameters)
-    for (const StateKind kind : kinds) {
-      const at::Tensor t = state.tensor(kind, p);
-      if (t.defined()) tensors_.emplace(key(kind, p.spec.name), t.to(at::kCPU).contiguous().clone());
-    }
+  for (const Parameter& p : state.parameters)
+    for (const StateKind kind : kinds)
+      if (copied_ && state.holds(kind, p)) tensors_.emplace(key(kind, p.spec.name), state.tensor(kind, p).clone());
+}
+
+at::Tensor Snapshot::tensor(StateKind kind, const std::string& name) const {
+  if (copied_) {
+    const auto it = tensors_.find(key(kind, name));
+    return it == tensors_.end() ? at::Tensor() : it->second;
+  }
+  for (const Parameter& p : state_.parameters)
+    if (p.spec.name == name && state_.holds(kind, p)) return state_.tensor(kind, p);
+  return {};
 }
 
 Snapshot::Written Snapshot::write(const std::string& path, const std::string& header,
@@ -94,11 +103,11 @@ Snapshot::Written Snapshot::write(const std::string& path, const std::string& he
     Sink sink(file, path);
     sink.write(header.data(), static_cast<int64_t>(header.size()));
     for (const FileEntry& entry : entries) {
-      const auto it = tensors_.find(key(entry.kind, entry.name));
-      if (it == tensors_.end())
+      const at::Tensor tensor = this->tensor(entry.kind, entry.name);
+      if (!tensor.defined())
         fail("INVALID_ARGUMENT", "[checkpoint] the snapshot holds no ", state_kind_name(entry.kind), " of ",
              entry.name);
-      const at::Tensor bytes = it->second.to(entry.dtype).contiguous();
+      const at::Tensor bytes = tensor.to(entry.dtype).contiguous();
       if (static_cast<int64_t>(bytes.nbytes()) != entry.bytes || entry.offset < sink.written())
         fail("INVALID_ARGUMENT", "[checkpoint] entry ", entry.name, " has ", entry.bytes, " bytes at ", entry.offset,
              ", expected ", bytes.nbytes(), " at ", sink.written(), " or later");
@@ -113,41 +122,19 @@ Snapshot::Written Snapshot::write(const std::string& path, const std::string& he
   }
 }
 
-void read_state(ModelState& state, const std::string& path, const std::vector<FileEntry>& entries, int threads) {
-  const File file(path, O_RDONLY);
-  struct stat info{};
-  if (::fstat(file.fd(), &info) != 0) File::refuse(path, "examine");
-  // Straight into place where the dtype is the state's own, else through a copy that is converted.
-  struct Job {
-    char* target;
-    int64_t offset, bytes;
-  };
-  std::vector<Job> jobs;
-  std::vector<std::pair<const FileEntry*, at::Tensor>> converted;
+namespace {
+
+struct Job {
+  char* target;
+  int64_t offset, bytes;
+};
+
+void cut(std::vector<Job>& jobs, char* target, int64_t offset, int64_t bytes) {
   constexpr int64_t kPart = 16 << 20;
-  for (const FileEntry& entry : entries) {
-    Parameter& p = state.find(entry.name);
-    at::Tensor target = state.tensor(entry.kind, p);
-    if (!target.defined())
-      fail("CHECKPOINT", "[checkpoint] this model holds no ", state_kind_name(entry.kind), " of ", entry.name, ", at ",
-           path);
-    const int64_t expected = target.numel() * static_cast<int64_t>(c10::elementSize(entry.dtype));
-    if (entry.bytes != expected)
-      fail("CHECKPOINT", "[checkpoint] expected ", expected, " bytes of ", entry.name, ", got ", entry.bytes, ", at ",
-           path);
-    if (entry.offset < 0 || entry.bytes > info.st_size || entry.offset > info.st_size - entry.bytes)
-      fail("CHECKPOINT", "[checkpoint] ", entry.name, " lies beyond the end of ", path, " (", info.st_size,
-           " bytes): the file is cut off");
-    const bool straight = entry.dtype == target.scalar_type() && target.is_cpu() && entry.kind != StateKind::kStep &&
-                          !(entry.kind == StateKind::kParam && p.master.defined()) && entry.kind != StateKind::kMaster;
-    if (!straight) {
-      target = at::empty(target.sizes(), at::dtype(entry.dtype));
-      converted.emplace_back(&entry, target);
-    }
-    char* base = static_cast<char*>(target.mutable_data_ptr());
-    for (int64_t at = 0; at < entry.bytes; at += kPart)
-      jobs.push_back({base + at, entry.offset + at, std::min(kPart, entry.bytes - at)});
-  }
+  for (int64_t at = 0; at < bytes; at += kPart) jobs.push_back({target + at, offset + at, std::min(kPart, bytes - at)});
+}
+
+void read_all(const File& file, const std::string& path, const std::vector<Job>& jobs, int threads) {
   std::atomic<size_t> next{0};
   std::atomic<int> error{0};
   const auto reader = [&] {
@@ -165,18 +152,60 @@ void read_state(ModelState& state, const std::string& path, const std::vector<Fi
     }
   };
   std::vector<std::thread> pool;
-  for (int i = 1; i < threads; ++i) pool.emplace_back(reader);
+  for (int i = 1; i < threads && i < static_cast<int>(jobs.size()); ++i) pool.emplace_back(reader);
   reader();
   for (std::thread& t : pool) t.join();
   if (error != 0) {
     errno = error;
     File::refuse(path, "read");
   }
+}
+
+}  // namespace
+
+void read_state(ModelState& state, const std::string& path, const std::vector<FileEntry>& entries, int threads) {
+  const File file(path, O_RDONLY);
+  struct stat info{};
+  if (::fstat(file.fd(), &info) != 0) File::refuse(path, "examine");
+  // Straight into place where that is memory and the dtype is the state's own, else through a copy that is converted.
+  std::vector<Job> straight;
+  std::vector<const FileEntry*> converted;
+  for (const FileEntry& entry : entries) {
+    const Parameter& p = state.find(entry.name);
+    if (!state.holds(entry.kind, p))
+      fail("CHECKPOINT", "[checkpoint] this model holds no ", state_kind_name(entry.kind), " of ", entry.name, ", at ",
+           path);
+    const int64_t expected = c10::multiply_integers(state.shape_of(entry.kind, p)) *
+                             static_cast<int64_t>(c10::elementSize(entry.dtype));
+    if (entry.bytes != expected)
+      fail("CHECKPOINT", "[checkpoint] expected ", expected, " bytes of ", entry.name, ", got ", entry.bytes, ", at ",
+           path);
+    if (entry.offset < 0 || entry.bytes > info.st_size || entry.offset > info.st_size - entry.bytes)
+      fail("CHECKPOINT", "[checkpoint] ", entry.name, " lies beyond the end of ", path, " (", info.st_size,
+           " bytes): the file is cut off");
+    const bool has_finer = state.holds(StateKind::kMaster, p) || state.holds(StateKind::kLow, p);
+    if (entry.dtype != state.dtype_of(entry.kind) || entry.kind == StateKind::kStep ||
+        entry.kind == StateKind::kMaster || (entry.kind == StateKind::kParam && has_finer) ||
+        !state.in_memory(entry.kind, p)) {
+      converted.push_back(&entry);
+    } else {
+      at::Tensor target = state.tensor(entry.kind, p);
+      cut(straight, static_cast<char*>(target.mutable_data_ptr()), entry.offset, entry.bytes);
+    }
+  }
+  read_all(file, path, straight, threads);
   const at::NoGradGuard no_grad;
-  // Masters last: they are the finer of the two copies of a parameter.
+  // The finer of two copies of a parameter comes last.
   std::stable_sort(converted.begin(), converted.end(),
-                   [](const auto& a, const auto& b) { return a.first->kind < b.first->kind; });
-  for (const auto& [entry, tensor] : converted) state.assign(entry->kind, state.find(entry->name), tensor);
+                   [](const FileEntry* a, const FileEntry* b) { return a->kind < b->kind; });
+  for (const FileEntry* entry : converted) {
+    Parameter& p = state.find(entry->name);
+    const at::Tensor tensor = at::empty(state.shape_of(entry->kind, p), at::dtype(entry->dtype));
+    std::vector<Job> jobs;
+    cut(jobs, static_cast<char*>(tensor.mutable_data_ptr()), entry->offset, entry->bytes);
+    read_all(file, path, jobs, threads);
+    state.assign(entry->kind, p, tensor);
+  }
 }
 
 }  // namespace stroma::engine

@@ -14,19 +14,24 @@ struct FileEntry {
   int64_t offset, bytes;
 };
 
-// A copy of the state at one step boundary, to be written while training goes on.
+// The state at one step boundary, to be written. A copy, so that training may go on meanwhile, where memory holds the
+// state twice; else the state itself, and nothing may train before all is written.
 class Snapshot {
  public:
-  Snapshot(ModelState& state, const std::vector<StateKind>& kinds);
+  Snapshot(const ModelState& state, const std::vector<StateKind>& kinds);
+  bool copied() const { return copied_; }
   struct Written {
     int64_t bytes;
     std::string sha256;
   };
   // header, then the entries at their offsets (ascending, gaps are zeros), then fsync. On failure the file is removed.
-  // Throws DISK_FULL, CHECKPOINT. Any thread.
+  // Throws DISK_FULL, CHECKPOINT. Any thread when copied, else the session's.
   Written write(const std::string& path, const std::string& header, const std::vector<FileEntry>& entries) const;
 
  private:
+  at::Tensor tensor(StateKind kind, const std::string& name) const;
+  const ModelState& state_;  // looked at only when not copied
+  bool copied_;
   std::unordered_map<std::string, at::Tensor> tensors_;  // "kind name"
 };
 

@@ -3,7 +3,7 @@
  * that works returns a promise and never blocks the event loop. `native.ts` is the only importer of the addon.
  */
 import type { DType, Graph } from "../graph/types.js";
-import type { Tape } from "../plan/types.js";
+import type { MasterWeight, Placement, Tape } from "../plan/types.js";
 
 /** A tensor of a batch: the bytes are copied at the crossing. */
 export interface HostTensor {
@@ -14,24 +14,69 @@ export interface HostTensor {
 }
 export type Batch = Record<string, HostTensor>;
 
+/**
+ * A CPU-backed device for tests and plans: its memory ends at a cap, copies to and from it take their time, and an
+ * adversary may make every copy as late and in as odd an order as the tape's waits allow, its target full of NaN until
+ * then. It shows races and what fits; it is no GPU.
+ */
+export interface SimDeviceOptions {
+  /** An allocation beyond it fails as on a card; null: no cap. */
+  memoryBytes: number | null;
+  /** Bytes a second of each copy queue; null: as fast as memory is. */
+  hostToDevice: number | null;
+  deviceToHost: number | null;
+  /** Seed of the adversary; null: none, copies run on threads of their own. */
+  adversary: number | null;
+}
+
 export interface SessionOptions {
-  device: "cpu" | `cuda:${number}`;
-  /** dtype of the parameters that blocks compute with. bfloat16 keeps fp32 master weights beside them. */
+  /** cpu: the device is this process's memory. sim: the same behind a SimDevice. */
+  device: "cpu" | "sim" | `cuda:${number}`;
+  /** dtype that blocks compute with: the graph's. */
   dtype: "float32" | "float64" | "bfloat16";
+  /** How parameters are stored. Default dtype. */
+  storage?: "float32" | "float64" | "bfloat16";
+  /** Of parameters stored in bfloat16. none: updates round stochastically. Default float32. */
+  masterWeight?: MasterWeight;
   /** Threads of the engine's intra-op pool; 0: all this process may use. */
   threads: number;
-  optimizer: { kind: "adamw"; beta1: number; beta2: number; epsilon: number; weightDecay: number };
+  optimizer: {
+    kind: "adamw" | "adamw8bit";
+    beta1: number;
+    beta2: number;
+    epsilon: number;
+    weightDecay: number;
+  };
+  /** With device "sim". */
+  sim?: SimDeviceOptions;
+  /** Folder for state and boundaries that a tape places on disk; the files in it are removed at the end. */
+  diskFolder?: string;
 }
 
 export interface StepRequest {
   tape: Tape;
+  /** The plan's flush tape, where the tape's update is "forward". */
+  flush?: Tape;
   microBatches: Batch[];
   /** 0-based count of optimizer steps taken before this one. Adam's bias correction uses its own stored count. */
   step: number;
   seed: number;
   learningRate: number;
-  /** Global norm to clip to; null: no clipping (the norm is still reported). */
+  /** Norm to clip to, of all gradients or of each block's as the tape says; null: no clipping (the norm is still reported). */
   maxGradNorm: number | null;
+  /** Also say what each instruction did. */
+  profile?: boolean;
+}
+
+/** By instruction of the tape. Milliseconds from the step's start; bytes live on the device and host after it. */
+export interface StepProfile {
+  startMs: Float64Array;
+  endMs: Float64Array;
+  /** Arena and what libtorch holds for the block's passes. */
+  deviceBytes: Float64Array;
+  /** Highest while it ran. */
+  devicePeakBytes: Float64Array;
+  hostBytes: Float64Array;
 }
 
 export interface StepResult {
@@ -46,6 +91,14 @@ export interface StepResult {
   /** Not null: parameters are untouched; the first micro-batch whose loss was not finite (-1: the norm was not). */
   nonFinite: { microBatch: number; loss: number } | null;
   seconds: number;
+  /** Bytes that the step's copies moved. */
+  bytesToDevice: number;
+  bytesFromDevice: number;
+  bytesLoaded: number;
+  bytesSaved: number;
+  /** Update "backward": blocks left as they were because their gradient was not finite. */
+  skippedBlocks: number[];
+  profile?: StepProfile;
   peakDeviceBytes: number;
   /** Live boundary slots, kept graphs, gradients and states at their highest, as counted by the engine. */
   peakHostBytes: number;
@@ -53,7 +106,19 @@ export interface StepResult {
 
 /** Names in a Session: parameter names as in the graph; kinds of state spelled as in PyTorch. */
 /** step: int64 scalar, the updates that this parameter has seen (one that no batch touched lags behind). */
-export type StateKind = "param" | "exp_avg" | "exp_avg_sq" | "master" | "step";
+export type StateKind =
+  | "param"
+  | "master"
+  /** int16: the lower halves of fp32 weights whose upper halves are the bfloat16 param (masterWeight "split16"). */
+  | "low"
+  | "exp_avg"
+  | "exp_avg_sq"
+  /** 8-bit moments and their scales under the names of bitsandbytes. */
+  | "state1"
+  | "state2"
+  | "absmax1"
+  | "absmax2"
+  | "step";
 
 export interface StateEntry {
   kind: StateKind;
@@ -73,19 +138,29 @@ export interface FileEntry {
 }
 
 export interface NativeSnapshot {
+  /** False: memory does not hold the state twice; no step may be taken before everything is written. */
+  readonly copied: boolean;
   /** Writes `header`, then the tensors at their offsets, then fsync. Leaves no partial file behind on failure. */
   write(path: string, header: Uint8Array, entries: FileEntry[]): Promise<{ bytes: number; sha256: string }>;
   dispose(): void;
 }
 
 export interface NativeSession {
-  /** The graph that trains: allocates flat state. Parameters are undefined until initialize() or readFile(). */
-  load(graph: Graph): Promise<void>;
+  /**
+   * The graph that trains: makes room for its state where `placement` says; default: all on the device, as
+   * planResident's tapes have it. Parameters are undefined until initialize() or readFile().
+   */
+  load(graph: Graph, placement?: Placement): Promise<void>;
   /** Another graph over the same parameters by name (mode eval or generate). */
   attach(name: string, graph: Graph): Promise<void>;
   /** Draws every parameter from (seed, name) by its Init; zeroes optimizer state. */
   initialize(seed: number): Promise<void>;
   step(request: StepRequest): Promise<StepResult>;
+  /**
+   * Carries out the updates that the last step left pending (update "forward"). Happens by itself before anything looks
+   * at the state: run, read, write, state, snapshot, readFile.
+   */
+  flush(): Promise<void>;
   /** Runs an attached graph forward; outputs by name, copied out. */
   run(name: string, batch: Batch, options?: { seed?: number }): Promise<Record<string, HostTensor>>;
   /** Gradients of the last step before clipping, for tests: sums of the parameter. */

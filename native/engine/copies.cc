@@ -1,0 +1,277 @@
+#include "engine/copies.h"
+
+#include <ATen/Functions.h>
+
+#include <algorithm>
+#include <chrono>
+#include <condition_variable>
+#include <cstring>
+#include <deque>
+#include <exception>
+#include <mutex>
+#include <thread>
+
+#include "engine/error.h"
+
+namespace stroma::engine {
+namespace {
+
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+// One copy, carried out. Ranges were checked against their places by the executor.
+void carry_out(const Tape& tape, const Memory& memory, const Instruction& copy) {
+  const Place &from = tape.places[copy.from], &to = tape.places[copy.to];
+  switch (copy.queue) {
+    case CopyQueue::kLoad:
+      memory.disk().read(from.offset + copy.at, memory.address(to) + copy.at, copy.bytes);
+      break;
+    case CopyQueue::kSave:
+      memory.disk().write(to.offset + copy.at, memory.address(from) + copy.at, copy.bytes);
+      break;
+    default:
+      std::memcpy(memory.address(to) + copy.at, memory.address(from) + copy.at, static_cast<size_t>(copy.bytes));
+  }
+}
+
+class Threaded final : public Copies {
+ public:
+  explicit Threaded(const SimOptions& options) {
+    rates_[static_cast<int>(CopyQueue::kIn)] = options.host_to_device;
+    rates_[static_cast<int>(CopyQueue::kOut)] = options.device_to_host;
+  }
+  ~Threaded() override {
+    {
+      const std::lock_guard lock(mutex_);
+      stopping_ = true;
+    }
+    changed_.notify_all();
+    for (std::thread& thread : threads_)
+      if (thread.joinable()) thread.join();
+  }
+
+  void begin(const Tape& tape, const Memory& memory, Timeline* timeline) override {
+    const std::lock_guard lock(mutex_);
+    tape_ = &tape;
+    memory_ = &memory;
+    timeline_ = timeline;
+    done_.assign(tape.instructions.size(), 0);
+    failure_ = nullptr;
+    aborted_ = false;
+    counts_ = {};
+  }
+  void issue(int instruction) override {
+    const Instruction& copy = tape_->instructions[instruction];
+    const int q = static_cast<int>(copy.queue);
+    counts_.bytes[q] += copy.bytes;
+    {
+      const std::lock_guard lock(mutex_);
+      queues_[q].push_back(instruction);
+      if (!threads_[q].joinable()) threads_[q] = std::thread([this, q] { serve(q); });
+    }
+    changed_.notify_all();
+  }
+  void await(int instruction) override {
+    const auto& waits = tape_->instructions[instruction].waits;
+    if (waits.empty()) return;
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [&] { return failure_ != nullptr || ready(waits); });
+    if (failure_ != nullptr) std::rethrow_exception(failure_);
+  }
+  void finished(int instruction) override {
+    {
+      const std::lock_guard lock(mutex_);
+      done_[instruction] = 1;
+    }
+    changed_.notify_all();
+  }
+  void end() override {
+    std::unique_lock lock(mutex_);
+    // Copies that wait for what will never run are dropped.
+    aborted_ = true;
+    changed_.notify_all();
+    changed_.wait(lock, [this] {
+      for (int q = 0; q < kCopyQueues; ++q)
+        if (!queues_[q].empty() || busy_[q]) return false;
+      return true;
+    });
+    tape_ = nullptr;
+  }
+
+ private:
+  bool ready(const std::vector<int>& waits) const {
+    for (const int w : waits)
+      if (!done_[w]) return false;
+    return true;
+  }
+
+  void serve(int q) {
+    std::unique_lock lock(mutex_);
+    for (;;) {
+      changed_.wait(lock, [&] {
+        return stopping_ || (!queues_[q].empty() && (ready(tape_->instructions[queues_[q].front()].waits) ||
+                                                     aborted_ || failure_ != nullptr));
+      });
+      if (stopping_) return;
+      const int instruction = queues_[q].front();
+      const Instruction& copy = tape_->instructions[instruction];
+      queues_[q].pop_front();
+      if (failure_ != nullptr || !ready(copy.waits)) {
+        changed_.notify_all();
+        continue;
+      }
+      busy_[q] = true;
+      lock.unlock();
+      const double start = now();
+      std::exception_ptr failure;
+      try {
+        carry_out(*tape_, *memory_, copy);
+        throttle(q, start, copy.bytes);
+      } catch (...) {
+        failure = std::current_exception();
+      }
+      const double end = now();
+      lock.lock();
+      if (timeline_ != nullptr) {
+        timeline_->start[instruction] = start;
+        timeline_->end[instruction] = end;
+      }
+      busy_[q] = false;
+      if (failure != nullptr && failure_ == nullptr) failure_ = failure;
+      done_[instruction] = 1;
+      changed_.notify_all();
+    }
+  }
+
+  // The queue is a link of so many bytes a second: what memcpy did sooner, the link has not done yet.
+  void throttle(int q, double start, int64_t bytes) {
+    if (!rates_[q].has_value()) return;
+    const double until = std::max(free_at_[q], start) + static_cast<double>(bytes) / *rates_[q];
+    free_at_[q] = until;
+    const double wait = until - now();
+    if (wait > 0) std::this_thread::sleep_for(std::chrono::duration<double>(wait));
+  }
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<int> queues_[kCopyQueues];
+  bool busy_[kCopyQueues] = {false, false, false, false};
+  double free_at_[kCopyQueues] = {0, 0, 0, 0};
+  std::optional<double> rates_[kCopyQueues];
+  std::thread threads_[kCopyQueues];
+  const Tape* tape_ = nullptr;
+  const Memory* memory_ = nullptr;
+  Timeline* timeline_ = nullptr;
+  std::vector<char> done_;
+  std::exception_ptr failure_;
+  bool aborted_ = false, stopping_ = false;
+};
+
+class Adversary final : public Copies {
+ public:
+  explicit Adversary(int64_t seed) : state_(static_cast<uint64_t>(seed) * 2 + 1) {}
+
+  void begin(const Tape& tape, const Memory& memory, Timeline* timeline) override {
+    tape_ = &tape;
+    memory_ = &memory;
+    timeline_ = timeline;
+    done_.assign(tape.instructions.size(), 0);
+    counts_ = {};
+    for (auto& queue : queues_) queue.clear();
+    std::fill(std::begin(started_), std::end(started_), false);
+  }
+  void issue(int instruction) override {
+    const Instruction& copy = tape_->instructions[instruction];
+    counts_.bytes[static_cast<int>(copy.queue)] += copy.bytes;
+    queues_[static_cast<int>(copy.queue)].push_back(instruction);
+    stir();
+  }
+  void await(int instruction) override {
+    for (const int w : tape_->instructions[instruction].waits) complete(w);
+  }
+  void finished(int instruction) override {
+    done_[instruction] = 1;
+    stir();
+  }
+  void end() override {
+    for (bool more = true; more;) {
+      more = false;
+      for (int q = 0; q < kCopyQueues; ++q)
+        if (!queues_[q].empty() && ready(queues_[q].front())) {
+          finish_front(q);
+          more = true;
+        }
+    }
+    for (auto& queue : queues_) queue.clear();
+  }
+
+ private:
+  uint64_t draw() {
+    state_ = state_ * 6364136223846793005ull + 1442695040888963407ull;
+    return state_ >> 33;
+  }
+  bool ready(int instruction) const {
+    for (const int w : tape_->instructions[instruction].waits)
+      if (!done_[w]) return false;
+    return true;
+  }
+  // Whatever may run has begun: its target is lost. Now and then, one completes early.
+  void stir() {
+    for (int q = 0; q < kCopyQueues; ++q) {
+      if (queues_[q].empty() || !ready(queues_[q].front())) continue;
+      start_front(q);
+      if (draw() % 8 == 0) finish_front(q);
+    }
+  }
+  void start_front(int q) {
+    if (started_[q]) return;
+    started_[q] = true;
+    const Instruction& copy = tape_->instructions[queues_[q].front()];
+    // All ones is NaN in every floating dtype. What goes to disk is lost there, too.
+    if (copy.queue == CopyQueue::kSave) {
+      const at::Tensor lost = at::full({copy.bytes + kPageSlack}, 255, at::kByte);
+      char* at = static_cast<char*>(lost.mutable_data_ptr());
+      at += (kPageSlack - reinterpret_cast<uintptr_t>(at) % kPageSlack) % kPageSlack;
+      memory_->disk().write(tape_->places[copy.to].offset + copy.at, at, copy.bytes);
+      return;
+    }
+    std::memset(memory_->address(tape_->places[copy.to]) + copy.at, 255, static_cast<size_t>(copy.bytes));
+  }
+  void finish_front(int q) {
+    start_front(q);
+    const int instruction = queues_[q].front();
+    if (timeline_ != nullptr) timeline_->start[instruction] = now();
+    carry_out(*tape_, *memory_, tape_->instructions[instruction]);
+    if (timeline_ != nullptr) timeline_->end[instruction] = now();
+    done_[instruction] = 1;
+    started_[q] = false;
+    queues_[q].pop_front();
+  }
+  // Everything before it on its queue, and what that waits for, and no more.
+  void complete(int instruction) {
+    if (done_[instruction]) return;
+    const Instruction& copy = tape_->instructions[instruction];
+    if (copy.op != Instruction::Op::kCopy) fail("TAPE", "[tape] an instruction waits for one that has not run");
+    const int q = static_cast<int>(copy.queue);
+    while (!done_[instruction]) {
+      if (queues_[q].empty()) fail("TAPE", "[tape] an instruction waits for a copy that was not issued");
+      for (const int w : tape_->instructions[queues_[q].front()].waits) complete(w);
+      finish_front(q);
+    }
+  }
+
+  static constexpr int64_t kPageSlack = 4096;
+  uint64_t state_;
+  std::deque<int> queues_[kCopyQueues];
+  bool started_[kCopyQueues] = {false, false, false, false};
+  const Tape* tape_ = nullptr;
+  const Memory* memory_ = nullptr;
+  Timeline* timeline_ = nullptr;
+  std::vector<char> done_;
+};
+
+}  // namespace
+
+std::unique_ptr<Copies> threaded_copies(const SimOptions& options) { return std::make_unique<Threaded>(options); }
+std::unique_ptr<Copies> adversary_copies(int64_t seed) { return std::make_unique<Adversary>(seed); }
+
+}  // namespace stroma::engine

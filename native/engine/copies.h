@@ -1,0 +1,47 @@
+// The copy queues of a step: host to device, device to host, disk to host, host to disk. Each runs its instructions in
+// order; an instruction begins when what it waits for is done. The executor issues copies where they stand in the tape,
+// asks await() before each of its own instructions and tells finished() after it.
+#pragma once
+#include <memory>
+
+#include "engine/memory.h"
+
+namespace stroma::engine {
+
+struct CopyCounts {
+  int64_t bytes[kCopyQueues] = {0, 0, 0, 0};  // by CopyQueue
+};
+
+// When an instruction ran, in seconds of the steady clock; by position in the tape.
+struct Timeline {
+  std::vector<double> start, end;
+};
+
+struct SimOptions {
+  std::optional<double> host_to_device, device_to_host;  // bytes a second
+  std::optional<int64_t> adversary;                      // seed
+};
+
+class Copies {
+ public:
+  virtual ~Copies() = default;
+  // The tape and memory outlive the step. timeline may be null.
+  virtual void begin(const Tape& tape, const Memory& memory, Timeline* timeline) = 0;
+  virtual void issue(int instruction) = 0;
+  // Returns when the instructions that this one waits for are done. Throws what a copy failed with.
+  virtual void await(int instruction) = 0;
+  virtual void finished(int instruction) = 0;
+  // Returns when every issued copy is done, or, after a failure, none runs any more.
+  virtual void end() = 0;
+  const CopyCounts& counts() const { return counts_; }
+
+ protected:
+  CopyCounts counts_;
+};
+
+// A thread for each queue, started by the first copy.
+std::unique_ptr<Copies> threaded_copies(const SimOptions& options);
+// No threads: every copy completes as late and in as odd an order as its waits allow, its target full of NaN until then.
+std::unique_ptr<Copies> adversary_copies(int64_t seed);
+
+}  // namespace stroma::engine

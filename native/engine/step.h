@@ -1,0 +1,39 @@
+// What lives for one walk of the executor; shared by executor.cc, passes.cc and update.cc.
+#pragma once
+#include "engine/executor.h"
+
+namespace stroma::engine {
+
+struct Executor::Step {
+  Step(const StepRequest& request, const Tape& tape) : request(request), tape(tape) {}
+  const StepRequest& request;
+  const Tape& tape;
+  StepResult result;
+  std::vector<DimValues> dims;                                          // by micro-batch
+  std::vector<at::Tensor> slots;                                        // Space::kSlot
+  std::vector<std::vector<std::vector<std::vector<int64_t>>>> shapes;  // of boundaries: micro-batch, block, output
+  std::map<std::pair<int, int>, Kept> kept;                             // by block, micro-batch
+  std::vector<std::vector<char>> touched;                               // by block, index of parameter: sums hold something
+  std::vector<int64_t> counts;                                          // by loss term, over all micro-batches
+  std::vector<std::vector<int64_t>> micro_counts;
+  std::vector<at::Tensor> norms;  // by parameter; undefined where untouched
+  Pending next;                   // what this step will leave
+  double coefficient = 1;
+  bool closed = false;     // the coefficient is known
+  bool committed = false;  // this step's own gradients have changed a parameter
+  bool dead = false;       // not finite or cancelled: no more arithmetic, only what keeps the state whole
+  bool aborted = false;
+  std::exception_ptr failure;  // what an instruction threw
+};
+
+// Index of the loss term that an output of a block is; -1 for a boundary.
+inline int loss_of(const Graph& graph, int block, int output) {
+  for (size_t i = 0; i < graph.losses.size(); ++i)
+    if (graph.losses[i].block == block && graph.losses[i].output == output) return static_cast<int>(i);
+  return -1;
+}
+
+int loss_named(const Graph& graph, const std::string& name);
+double steady_seconds();
+
+}  // namespace stroma::engine
