@@ -17,6 +17,7 @@ import {
   probeMachine,
   readBuildRecord,
 } from "../native.js";
+import type { MachineProfile } from "../plan/profiles.js";
 
 /** One link. `ok` is false exactly where it keeps this machine from training; a cure may be worth reading all the same. */
 export interface Check {
@@ -50,13 +51,22 @@ export type ChildLine = { begin: ChildLink } | ({ end: ChildLink; cudaDevices?: 
 
 const SETUP = "npx stroma setup";
 
-export const doctorCommand: CommandModule<object, { json?: boolean }> = {
+export const doctorCommand: CommandModule<object, { json?: boolean; measure?: boolean }> = {
   command: "doctor",
   describe: "Try the whole chain link by link, and name the cure of each that fails",
-  builder: (yargs) => yargs.options({ json: { type: "boolean", describe: "One JSON object instead of a table" } }),
+  builder: (yargs) =>
+    yargs.options({
+      json: { type: "boolean", describe: "One JSON object instead of a table" },
+      measure: {
+        type: "boolean",
+        describe: "Also time processors, memory and disk (half a minute) and keep the result for stroma plan",
+      },
+    }),
   handler: async (args) => {
     const report = await runDoctor();
-    process.stdout.write(args.json ? `${JSON.stringify(report)}\n` : table(report));
+    const measured = args.measure && report.ok ? (await import("../plan/measure.js")).measureMachine() : null;
+    const text = table(report) + (measured === null ? "" : measuredText(measured));
+    process.stdout.write(args.json ? `${JSON.stringify({ ...report, ...(measured && { measured }) })}\n` : text);
     process.exitCode = report.ok ? 0 : 3;
   },
 };
@@ -268,6 +278,15 @@ function devices(machine: ProbeReport | null, record: BuildRecord | null, trains
     });
   }
   return found;
+}
+
+function measuredText({ gemm, deviceMemory, diskRead, diskWrite, threads }: MachineProfile): string {
+  const rate = (n: number) => (n / 1e9).toPrecision(3);
+  const products = Object.entries(gemm).map(([dtype, { flops }]) => `${dtype} ${rate(flops)}`);
+  return (
+    `\nMeasured with ${threads} threads: products ${products.join(", ")} GFLOP/s; memory ${rate(deviceMemory)} GB/s; ` +
+    `disk ${rate(diskRead)} GB/s read, ${rate(diskWrite)} written. stroma plan uses it.\n`
+  );
 }
 
 function table(report: DoctorReport): string {

@@ -6,6 +6,7 @@ import { findModel, modelNames } from "../models/registry.js";
 import { type ProbeReport, probeMachine } from "../native.js";
 import { type AutoPlan, type PlanRequest, planAuto } from "../plan/auto.js";
 import { parseSize } from "../plan/budget.js";
+import { readMeasured } from "../plan/measured.js";
 import { findProfile, type MachineProfile, profileNames, profileOfCard } from "../plan/profiles.js";
 import type { StateFormat } from "../plan/types.js";
 import { planText, tapeText } from "./plan-report.js";
@@ -115,7 +116,7 @@ export function plan(args: PlanArguments, machine: ProbeReport | null = probeMac
 function profileFor(args: PlanArguments, machine: ProbeReport | null, notes: string[]): MachineProfile {
   if (args.profile !== undefined) return findProfile(args.profile);
   const card = machine?.gpus[0];
-  if (card === undefined && args["device-memory"] === undefined) return findProfile("cpu");
+  if (card === undefined && args["device-memory"] === undefined) return readMeasured() ?? findProfile("cpu");
   const known = card === undefined ? null : profileOfCard(card.name);
   if (known !== null) return known;
   notes.push(

@@ -55,9 +55,10 @@ describe("workspace of a pass", () => {
   });
 
   it("adds gradients of one value in place where nobody else holds them", () => {
-    // x is used three times; its gradients are the incoming one (held by the caller) and two of silu's and relu's.
+    // Kept: y and relu's result. Beside y the sum so far, then another gradient of x, at last with the weight's.
     const w = body((x, weight) => ops.add(ops.linear(x, weight, null), ops.add(ops.silu(x), ops.relu(x))));
-    expect(w.keptBackward - w.kept).toBeLessThanOrEqual(3 * X);
+    expect(w.kept).toBe(2 * X);
+    expect(w.keptBackward).toBe(3 * X + X / 16);
   });
 
   it("rounds blocks as the engine's allocator does", () => {

@@ -1,9 +1,13 @@
-import { describe, expect, it } from "vitest";
+import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { describe, expect, it, vi } from "vitest";
 import { graphCost } from "../../../src/graph/costs.js";
 import { validateGraph } from "../../../src/graph/validate.js";
 import { findModel } from "../../../src/models/registry.js";
 import { CostModel } from "../../../src/plan/cost.js";
 import { blockLayouts } from "../../../src/plan/layout.js";
+import { measuredFile, readMeasured, storeMeasured } from "../../../src/plan/measured.js";
 import { passWorkspace } from "../../../src/plan/memory.js";
 import { mergeBlocks } from "../../../src/plan/merge-blocks.js";
 import { findProfile, type MachineProfile, profileNames, profileOfCard } from "../../../src/plan/profiles.js";
@@ -211,5 +215,24 @@ describe("profiles", () => {
     expect(profileOfCard("NVIDIA A100-SXM4-80GB")?.name).toBe("a100");
     expect(profileOfCard("NVIDIA GeForce GTX 970")).toBeNull();
     expect(() => findProfile("h300")).toThrow(/there is no profile "h300". Profiles: a5000/);
+  });
+});
+
+describe("a measured machine", () => {
+  it("is read as it was stored, and not where it is missing, damaged or of another version", () => {
+    const folder = mkdtempSync(join(tmpdir(), "stroma-measured-"));
+    vi.stubEnv("STROMA_CACHE", folder);
+    try {
+      expect(readMeasured()).toBeNull();
+      storeMeasured(round);
+      expect(readMeasured()).toEqual(round);
+      writeFileSync(measuredFile(), JSON.stringify({ version: 0, profile: round }));
+      expect(readMeasured()).toBeNull();
+      writeFileSync(measuredFile(), "{");
+      expect(readMeasured()).toBeNull();
+    } finally {
+      vi.unstubAllEnvs();
+      rmSync(folder, { recursive: true });
+    }
   });
 });
