@@ -60,10 +60,10 @@ STROMA_HD T adamw_parameter(const AdamWStep<T>& s, T p, T m, T root_of_v) {
   return p + (s.negative_step_size * m) / (root_of_v / s.sqrt_correction2 + s.epsilon);
 }
 
-// Quantized moments (Dettmers et al., arXiv 2110.02861): the same step, on moments that were decoded and whose new values
-// are encoded only afterwards. An element whose new second moment is not finite (its gradient is NaN, infinite, or its
-// square overflows) loses its state and keeps its parameter, or one such value would take its whole block along. No bits
-// of PyTorch's are to be met here: the root is the correctly rounded one, and its correction a product.
+// Quantized moments (Dettmers et al., arXiv 2110.02861): the same step, on moments that were decoded and whose new
+// values are encoded only afterwards. An element whose new second moment is not finite (its gradient is NaN, infinite,
+// or its square overflows) loses its state and keeps its parameter, or one such value would take its whole block along.
+// No bits of PyTorch's are to be met here: the root is the correctly rounded one, and its correction a product.
 STROMA_HD void adamw_quantized(const AdamWStep<float>& s, float g, float& p, float& m, float& v) {
   const float root = square_root(adamw_moments(s, g, m, v));
   const float decayed = s.decays ? p * s.decay : p;

@@ -74,8 +74,8 @@ STROMA_CLONES void draw(const PhiloxKey key, uint64_t first, uint32_t* __restric
     words[4 * i + 3] = four.w;
   }
 }
-STROMA_CLONES void round_stochastic(const float* __restrict w, const uint16_t* __restrict draws,
-                                    uint16_t* __restrict p, int64_t n) {
+STROMA_CLONES void round_stochastic(const float* __restrict w, const uint16_t* __restrict draws, uint16_t* __restrict p,
+                                    int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = stochastic_bfloat16(w[i], draws[i]);
 }
 

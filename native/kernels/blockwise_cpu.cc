@@ -1,6 +1,6 @@
 // stroma::quantize_blockwise_ and dequantize_blockwise_, CPU twin, and the maps. Contract: the code (uint8) and absmax
-// (float32, one for each 256 elements) are overwritten, x is only read; all flat and contiguous. A block that holds a NaN
-// or an infinity has it as its absmax and comes back with no finite value: nothing is lost in silence.
+// (float32, one for each 256 elements) are overwritten, x is only read; all flat and contiguous. A block that holds a
+// NaN or an infinity has it as its absmax and comes back with no finite value: nothing is lost in silence.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -11,9 +11,9 @@
 #include <algorithm>
 #include <vector>
 
-#include "kernels/tiles.h"
 #include "kernels/checks.h"
 #include "kernels/clones.h"
+#include "kernels/tiles.h"
 
 namespace stroma {
 namespace {
@@ -82,8 +82,8 @@ STROMA_CLONES void encode_signed(const uint32_t* __restrict cell, const float* _
                                  uint8_t* __restrict code) {
   encode_block<true, false>(cell, x, absmax, code);
 }
-STROMA_CLONES void encode_unsigned(const uint32_t* __restrict cell, const float* __restrict x,
-                                   float* __restrict absmax, uint8_t* __restrict code) {
+STROMA_CLONES void encode_unsigned(const uint32_t* __restrict cell, const float* __restrict x, float* __restrict absmax,
+                                   uint8_t* __restrict code) {
   encode_block<false, false>(cell, x, absmax, code);
 }
 
@@ -159,9 +159,9 @@ const DynamicMap<false>& unsigned_map() {
   return map;
 }
 
-#define STROMA_CONVERT(From, To)                                                                 \
-  STROMA_CLONES void convert(const From* __restrict from, To* __restrict to, int64_t n) {        \
-    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<To>(from[i]);                            \
+#define STROMA_CONVERT(From, To)                                                          \
+  STROMA_CLONES void convert(const From* __restrict from, To* __restrict to, int64_t n) { \
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<To>(from[i]);                     \
   }
 STROMA_CONVERT(c10::BFloat16, float)
 STROMA_CONVERT(c10::BFloat16, double)

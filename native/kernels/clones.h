@@ -1,4 +1,5 @@
-// STROMA_CLONES: a function of loops that wide vectors serve; compiled for several instruction sets, chosen at run time.
+// STROMA_CLONES: a function of loops that wide vectors serve; compiled for several instruction sets, chosen at run
+// time.
 #pragma once
 
 #if defined(__x86_64__)

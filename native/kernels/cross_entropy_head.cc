@@ -4,8 +4,8 @@
 // Overwrites nothing. The forward already computes the gradients when they are wanted (the scale is known, the loss is
 // the end of the graph): logits of a chunk are used for both, never recomputed. Chunks are computed and their weight
 // gradients added last first, as autograd does for a loop over chunks (newest first), so the result is equal to the bit
-// to that loop in stock PyTorch; the losses are added first to last. Of a bfloat16 or half weight (and bias) the chunks'
-// gradients are added in float32 and rounded once, where that loop rounds each of its sums.
+// to that loop in stock PyTorch; the losses are added first to last. Of a bfloat16 or half weight (and bias) the
+// chunks' gradients are added in float32 and rounded once, where that loop rounds each of its sums.
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
 #include <torch/csrc/autograd/custom_function.h>

@@ -1,15 +1,16 @@
-// The 8-bit dynamic map of block-wise quantized optimizer state (Dettmers et al., arXiv 2110.02861, section 1.3) and the
-// search for the code nearest to a value.
+// The 8-bit dynamic map of block-wise quantized optimizer state (Dettmers et al., arXiv 2110.02861, section 1.3) and
+// the search for the code nearest to a value.
 //
-// A block of 256 elements shares one float32 absmax; an element is map[code] * absmax. The signed map has a code for zero
-// (127), one for 1.0 (255), and on each side 1 + 2 + ... + 64 values in decades from 1e-6; the unsigned map has zero (0),
-// 1.0 (255) and 2 + 4 + ... + 128 values. Values are bitsandbytes' to the bit, which come from torch.linspace, whose last
-// bit depends on the width of the processor's vectors: the map is therefore computed once at run time and never typed in.
+// A block of 256 elements shares one float32 absmax; an element is map[code] * absmax. The signed map has a code for
+// zero (127), one for 1.0 (255), and on each side 1 + 2 + ... + 64 values in decades from 1e-6; the unsigned map has
+// zero (0), 1.0 (255) and 2 + 4 + ... + 128 values. Values are bitsandbytes' to the bit, which come from
+// torch.linspace, whose last bit depends on the width of the processor's vectors: the map is therefore computed once at
+// run time and never typed in.
 //
 // Search. The nearest code is the one with the least |x - map[code]| in float32 arithmetic, the lower one where two are
-// equally near: what torch.argmin finds. A magnitude's upper bits name a cell, and a cell holds one boundary between two
-// codes at most, so one look-up and one comparison decide. Between the bits compared stands the sign as the last bit,
-// since a tie goes to the smaller magnitude above zero and to the larger one below.
+// equally near: what torch.argmin finds. A magnitude's upper bits name a cell, and a cell holds one boundary between
+// two codes at most, so one look-up and one comparison decide. Between the bits compared stands the sign as the last
+// bit, since a tie goes to the smaller magnitude above zero and to the larger one below.
 #pragma once
 #include "kernels/hd.h"
 
@@ -28,7 +29,7 @@ struct DynamicMap {
   static constexpr uint32_t kNoBoundary = 2u << kShift;
   static constexpr int kZero = Signed ? 127 : 0;
 
-  float value[256];      // by code, ascending
+  float value[256];       // by code, ascending
   uint32_t cell[kCells];  // code of the cell's lower end << 24 | where in the cell the next code begins
 };
 

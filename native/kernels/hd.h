@@ -13,7 +13,7 @@
 #endif
 
 // Before a loop of few and constant rounds: unrolled, so that the loop around it can be vectorised.
-#if defined(__CUDACC__) || defined(__clang__)
+#if defined(__CUDA_ARCH__) || defined(__clang__)
 #define STROMA_UNROLL _Pragma("unroll")
 #else
 #define STROMA_UNROLL _Pragma("GCC unroll 16")

@@ -21,8 +21,8 @@ STROMA_HD uint16_t nearest_bfloat16(float x) {
 }
 
 // Split: `high` is x rounded to nearest, ties away from zero (bfloat16), and `low` the lower 16 bits of x as a signed
-// number, which corrects `high` where it was rounded up: bits(x) = (high << 16) + low, exactly. A tie to even would need
-// +32,768. A NaN becomes the quiet NaN of its sign and payload, with low 0.
+// number, which corrects `high` where it was rounded up: bits(x) = (high << 16) + low, exactly. A tie to even would
+// need +32,768. A NaN becomes the quiet NaN of its sign and payload, with low 0.
 struct Split16 {
   uint16_t high;
   int16_t low;

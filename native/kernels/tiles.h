@@ -23,8 +23,8 @@ struct Padded {
   Padded(const T* from, int64_t n, T rest = 0) { std::fill(std::copy_n(from, n, data), data + kQuantBlock, rest); }
 };
 
-// Inlined, both, to be compiled for their caller's instruction set. `value` and `cell` are a map's; as parameters, since
-// only so does restrict hold, and look-ups beside stored bytes are vectorised with it alone.
+// Inlined, both, to be compiled for their caller's instruction set. `value` and `cell` are a map's; as parameters,
+// since only so does restrict hold, and look-ups beside stored bytes are vectorised with it alone.
 inline __attribute__((always_inline)) void decode_block(const float* __restrict value, const uint8_t* __restrict code,
                                                         float absmax, float* __restrict out) {
   for (int32_t i = 0; i < kQuantBlock; ++i) out[i] = value[code[i]] * absmax;

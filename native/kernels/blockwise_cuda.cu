@@ -1,0 +1,113 @@
+// stroma::quantize_blockwise_ and dequantize_blockwise_, CUDA twin: the contract and the bits of blockwise_cpu.cc, on
+// the current stream. A thread block takes one block of 256 elements at a time.
+#include <ATen/Dispatch.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <mutex>
+#include <vector>
+
+#include "kernels/checks.h"
+#include "kernels/maps_cuda.h"
+
+namespace stroma {
+namespace {
+
+template <typename T>
+__device__ __forceinline__ float to_float(T x) {
+  return static_cast<float>(x);
+}
+
+template <bool Signed, typename T>
+__global__ void quantize_kernel(const DynamicMap<Signed>* __restrict__ map, const T* __restrict__ x,
+                                uint8_t* __restrict__ code, float* __restrict__ absmax, const int64_t n) {
+  __shared__ uint32_t most[kQuantBlock / 32];
+  for (int64_t b = blockIdx.x; b * kQuantBlock < n; b += gridDim.x) {
+    const int64_t i = b * kQuantBlock + threadIdx.x;
+    const float value = i < n ? to_float(x[i]) : 0.0f;
+    const uint8_t mine = encode_element<Signed, false>(*map, value, absmax + b, most);
+    if (i < n) code[i] = mine;
+  }
+}
+
+template <typename T>
+__global__ void dequantize_kernel(const float* __restrict__ value, const uint8_t* __restrict__ code,
+                                  const float* __restrict__ absmax, T* __restrict__ out, const int64_t n) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += stride)
+    out[i] = static_cast<T>(value[code[i]] * absmax[i / kQuantBlock]);
+}
+
+int grid(int64_t n) { return static_cast<int>(std::min<int64_t>(quant_blocks(n), 1 << 16)); }
+
+void quantize_cuda(const at::Tensor& x, at::Tensor& code, at::Tensor& absmax, bool is_signed) {
+  check_blockwise("quantize_blockwise_", x, code, absmax);
+  const int64_t n = x.numel();
+  if (n == 0) return;
+  const c10::cuda::CUDAGuard guard(x.device());
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "stroma::quantize_blockwise_", [&] {
+    const scalar_t* values = x.const_data_ptr<scalar_t>();
+    uint8_t* codes = code.mutable_data_ptr<uint8_t>();
+    float* most = absmax.mutable_data_ptr<float>();
+    if (is_signed)
+      quantize_kernel<<<grid(n), kQuantBlock, 0, stream>>>(signed_map_on(x.device()), values, codes, most, n);
+    else
+      quantize_kernel<<<grid(n), kQuantBlock, 0, stream>>>(unsigned_map_on(x.device()), values, codes, most, n);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+}
+
+void dequantize_cuda(const at::Tensor& code, const at::Tensor& absmax, bool is_signed, at::Tensor& out) {
+  check_blockwise("dequantize_blockwise_", out, code, absmax);
+  const int64_t n = out.numel();
+  if (n == 0) return;
+  const c10::cuda::CUDAGuard guard(out.device());
+  // An address in the device's memory: only taken here, not read.
+  const float* value = is_signed ? signed_map_on(out.device())->value : unsigned_map_on(out.device())->value;
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, out.scalar_type(), "stroma::dequantize_blockwise_", [&] {
+    dequantize_kernel<<<grid(n), kQuantBlock, 0, c10::cuda::getCurrentCUDAStream()>>>(
+        value, code.const_data_ptr<uint8_t>(), absmax.const_data_ptr<float>(), out.mutable_data_ptr<scalar_t>(), n);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+}
+
+// Both maps on every device that asked. Never freed: at exit the device may be gone before this would be.
+struct DeviceMaps {
+  at::Tensor signed_bytes, unsigned_bytes;
+};
+template <typename Map>
+at::Tensor upload(const Map& map, c10::Device device) {
+  at::Tensor bytes = at::empty({sizeof(Map)}, at::TensorOptions().dtype(at::kByte).device(device));
+  C10_CUDA_CHECK(cudaMemcpy(bytes.mutable_data_ptr(), &map, sizeof(Map), cudaMemcpyHostToDevice));
+  return bytes;
+}
+const DeviceMaps& maps_on(c10::Device device) {
+  static std::mutex mutex;
+  static auto* maps = new std::vector<DeviceMaps>(64);
+  const std::lock_guard lock(mutex);
+  DeviceMaps& mine = maps->at(device.index());
+  if (!mine.signed_bytes.defined()) mine = {upload(signed_map(), device), upload(unsigned_map(), device)};
+  return mine;
+}
+
+}  // namespace
+
+const DynamicMap<true>* signed_map_on(c10::Device device) {
+  return static_cast<const DynamicMap<true>*>(maps_on(device).signed_bytes.const_data_ptr());
+}
+const DynamicMap<false>* unsigned_map_on(c10::Device device) {
+  return static_cast<const DynamicMap<false>*>(maps_on(device).unsigned_bytes.const_data_ptr());
+}
+
+TORCH_LIBRARY_IMPL(stroma, CUDA, m) {
+  m.impl("quantize_blockwise_", quantize_cuda);
+  m.impl("dequantize_blockwise_", dequantize_cuda);
+}
+
+}  // namespace stroma
