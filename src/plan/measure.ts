@@ -2,17 +2,7 @@
  * What this machine's processors and disk do, timed in seconds: products in each dtype over two heights, memory, a disk. Through
  * the eager operators, hence the kernels that training runs. For cards the named profiles stand in (profiles.ts).
  */
-import {
-  closeSync,
-  constants,
-  fsyncSync,
-  mkdirSync,
-  openSync,
-  readFileSync,
-  readSync,
-  rmSync,
-  writeSync,
-} from "node:fs";
+import { closeSync, constants, fsyncSync, mkdirSync, openSync, readSync, rmSync, writeSync } from "node:fs";
 import { join } from "node:path";
 import { callOp, getNumThreads, noGrad, scope, type Tensor } from "../tensor/index.js";
 import { measuredFile, storeMeasured } from "./measured.js";

@@ -169,6 +169,8 @@ function headTemporary(call: SizedCall, grad: boolean): number {
   const narrowed = widened ? logits * (wide + each) : 0;
   const product = logits * (widened ? each : wide);
   if (rows <= chunk) return Math.max(softmax - held, narrowed - held, product);
-  // Later chunks make a weight gradient of their own before it is added; the chunks of dx are joined at the end.
-  return Math.max(softmax, narrowed, product + (w.grad ? w.bytes : 0), x.grad ? x.bytes : 0);
+  // At the last chunk's softmax its own dx is not there yet; then it makes a weight gradient that is added to the sum, and
+  // the chunks of dx are joined.
+  const ahead = x.grad ? (x.bytes * (rows % chunk || chunk)) / rows : 0;
+  return Math.max(Math.max(softmax, narrowed) - ahead, product + (w.grad ? w.bytes : 0), x.grad ? x.bytes : 0);
 }

@@ -25,11 +25,11 @@ export interface PassWorkspace {
 export interface WorkspaceOptions {
   /** Whose attention kernel runs. Default "cuda". */
   device?: MemoryDevice;
+  /** Blocks of the allocator are multiples of it, but for smaller ones. Default 64 KiB, the engine's. */
+  unit?: number;
 }
 
-/** Blocks of the engine's allocator: small ones as asked, others in whole units. */
 const UNIT = 64 << 10;
-const rounded = (bytes: number): number => (bytes < UNIT ? bytes : Math.ceil(bytes / UNIT) * UNIT);
 
 const known = new WeakMap<Graph, Map<string, PassWorkspace>>();
 
@@ -43,20 +43,20 @@ export function passWorkspace(
   dims: Readonly<Record<string, number>>,
   options: WorkspaceOptions = {},
 ): PassWorkspace {
-  const { device = "cuda" } = options;
+  const { device = "cuda", unit = UNIT } = options;
   const cache = known.get(graph) ?? new Map<string, PassWorkspace>();
   known.set(graph, cache);
   // Blocks that run one program agree in what trains (validateGraph), so in memory too.
-  const key = JSON.stringify([graph.blocks[block]!.program, dims, device]);
-  const found = cache.get(key) ?? walk(sizedProgram(graph, block, dims), device);
+  const key = JSON.stringify([graph.blocks[block]!.program, dims, device, unit]);
+  const found = cache.get(key) ?? walk(sizedProgram(graph, block, dims), device, unit);
   cache.set(key, found);
   return found;
 }
 
-function walk(program: SizedProgram, device: MemoryDevice): PassWorkspace {
-  const plain = new Pass(program, device, false);
+function walk(program: SizedProgram, device: MemoryDevice, unit: number): PassWorkspace {
+  const plain = new Pass(program, device, new Heap(unit), false);
   plain.forward();
-  const keeping = new Pass(program, device, true);
+  const keeping = new Pass(program, device, new Heap(unit), true);
   keeping.forward();
   const keepingForward = keeping.heap.peak;
   const kept = keeping.heap.live;
@@ -80,8 +80,13 @@ interface Storage {
 class Heap {
   live = 0;
   peak = 0;
+  constructor(private readonly unit: number) {}
+
+  private rounded(bytes: number): number {
+    return bytes < this.unit ? bytes : Math.ceil(bytes / this.unit) * this.unit;
+  }
   allocate(bytes: number): Storage {
-    const size = rounded(bytes);
+    const size = this.rounded(bytes);
     this.live += size;
     this.peak = Math.max(this.peak, this.live);
     return { bytes: size, references: 1 };
@@ -95,14 +100,13 @@ class Heap {
   }
   /** Bytes that come and go beside what is live. */
   pass(bytes: number): void {
-    this.peak = Math.max(this.peak, this.live + rounded(bytes));
+    this.peak = Math.max(this.peak, this.live + this.rounded(bytes));
   }
 }
 
 const outside = (): Storage => ({ bytes: 0, references: Number.POSITIVE_INFINITY });
 
 class Pass {
-  readonly heap = new Heap();
   private readonly held: (Storage | undefined)[] = [];
   private readonly strides: number[][] = [];
   private readonly saved: Storage[][] = [];
@@ -111,6 +115,7 @@ class Pass {
   constructor(
     private readonly program: SizedProgram,
     private readonly device: MemoryDevice,
+    readonly heap: Heap,
     private readonly autograd: boolean,
   ) {
     this.lastReader = program.values.map(() => -1);
