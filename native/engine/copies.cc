@@ -84,17 +84,19 @@ class Threaded final : public Copies {
     }
     changed_.notify_all();
   }
-  void end() override {
+  void end(bool abort) override {
     std::unique_lock lock(mutex_);
-    // Copies that wait for what will never run are dropped.
-    aborted_ = true;
-    changed_.notify_all();
+    if (abort) {
+      aborted_ = true;
+      changed_.notify_all();
+    }
     changed_.wait(lock, [this] {
       for (int q = 0; q < kCopyQueues; ++q)
         if (!queues_[q].empty() || busy_[q]) return false;
       return true;
     });
     tape_ = nullptr;
+    if (!abort && failure_ != nullptr) std::rethrow_exception(failure_);
   }
 
  private:
@@ -115,7 +117,7 @@ class Threaded final : public Copies {
       const int instruction = queues_[q].front();
       const Instruction& copy = tape_->instructions[instruction];
       queues_[q].pop_front();
-      if (failure_ != nullptr || !ready(copy.waits)) {
+      if (failure_ != nullptr || aborted_) {
         changed_.notify_all();
         continue;
       }
@@ -192,8 +194,8 @@ class Adversary final : public Copies {
     done_[instruction] = 1;
     stir();
   }
-  void end() override {
-    for (bool more = true; more;) {
+  void end(bool abort) override {
+    for (bool more = !abort; more;) {
       more = false;
       for (int q = 0; q < kCopyQueues; ++q)
         if (!queues_[q].empty() && ready(queues_[q].front())) {

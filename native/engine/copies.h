@@ -31,8 +31,9 @@ class Copies {
   // Returns when the instructions that this one waits for are done. Throws what a copy failed with.
   virtual void await(int instruction) = 0;
   virtual void finished(int instruction) = 0;
-  // Returns when every issued copy is done, or, after a failure, none runs any more.
-  virtual void end() = 0;
+  // Returns when every issued copy is done; abort: drops those that have not begun. Throws what a copy failed with,
+  // unless aborting.
+  virtual void end(bool abort) = 0;
   const CopyCounts& counts() const { return counts_; }
 
  protected:

@@ -290,7 +290,7 @@ void Executor::walk(Step& step, const std::atomic<bool>& cancelled) {
       }
       if (cancelled.load() && !tape.flush && !step.dead && !step.committed && !(step.closed && !tape.has_copies))
         step.dead = step.aborted = true;
-      if (step.dead && !tape.has_copies) break;
+      if (step.dead && !tape.has_copies) break;  // nothing is on its way
       copies_->await(static_cast<int>(i));
       if (profile.has_value()) profile->timeline.start[i] = steady_seconds();
       // A pass that fails must not leave half of the state moved: the walk goes on without arithmetic.
@@ -316,12 +316,12 @@ void Executor::walk(Step& step, const std::atomic<bool>& cancelled) {
       }
       copies_->finished(static_cast<int>(i));
     }
+    copies_->end(/*abort=*/false);
   } catch (...) {
-    copies_->end();
+    copies_->end(/*abort=*/true);
     if (tape.has_copies) broken_ = true;
     throw;
   }
-  copies_->end();
   step.result.copied = copies_->counts();
   step.result.peak_device_bytes = peak;
 }

@@ -255,8 +255,12 @@ class Form {
     }
     const layout = this.facts.layouts[o.block]!;
     const { bytes } = this.tape.places[p]!;
-    const sizes =
-      o.kind === "retained" ? RETAINED_DTYPES.map((d) => layout.retainedBytes(d)) : [layout[`${o.kind}Bytes`]];
+    // On its way to disk, only the trained part of the parameters is there.
+    const sizes = {
+      retained: RETAINED_DTYPES.map((d) => layout.retainedBytes(d)),
+      param: [layout.paramBytes, layout.trainableBytes],
+      state: [layout.stateBytes],
+    }[o.kind];
     if (!sizes.includes(bytes)) this.fail(`${what}: ${showPlace(this.tape, p)} is not of size ${sizes.join(" or ")}`);
   }
 
