@@ -49,9 +49,10 @@ describe("13 billion parameters, 32 x 1", () => {
     "%i tokens fit one 24 GB card and 64 GB, without clipping and with the global norm",
     (tokens) => {
       for (const clip of ["none", "global"] as const) {
-        const began = performance.now();
+        const began = process.cpuUsage();
         const plan = planned(tokens, clip, platform);
-        expect(performance.now() - began).toBeLessThan(20_000);
+        // Processor time: the machine may be shared.
+        expect(process.cpuUsage(began).user / 1e6).toBeLessThan(5);
         expect(plan.report).toMatchObject({
           fits: true,
           order: "breadthFirst",
