@@ -52,7 +52,6 @@ export class Memory {
   private demanded = 0;
 
   private forwards = new Set<number>();
-  private backwards = new Set<number>();
   private kept = new Map<number, { at: number; params: string; in: string }>();
   private summed: number[] = [];
   private norms = new Set<number>();
@@ -85,7 +84,6 @@ export class Memory {
     const forward = tape.update === "forward";
     this.demanded = this.entered + (forward && this.pending ? 1 : 0);
     this.forwards = new Set();
-    this.backwards = new Set();
     this.kept = new Map();
     this.summed = this.facts.layouts.map(() => 0);
     this.norms = new Set();
@@ -151,7 +149,6 @@ export class Memory {
   private backward(i: Op<"turn" | "backward">): void {
     const { block, microBatch } = i;
     const pass = this.passId(i);
-    this.once(this.backwards, pass, "runs again");
     this.demandInputs(i);
     if (i.op === "backward") {
       if (!this.forwards.has(pass)) this.fail("runs before its forward");
@@ -295,9 +292,10 @@ export class Memory {
           const pass = b * this.microBatches + m;
           if (!facts.losses.has(b) && !this.forwards.has(pass))
             this.fail(`lacks the forward of block ${b}, micro-batch ${m}`);
-          if (facts.needsBackward[b] && !this.backwards.has(pass))
-            this.fail(`lacks the backward of block ${b}, micro-batch ${m}`);
         }
+        const summed = this.summed[b]!;
+        if (facts.needsBackward[b] && summed < tape.microBatches)
+          this.fail(`lacks the backward of block ${b}, micro-batch ${summed}`);
         if (tape.update === "forward" && facts.trains(b) && !this.packed.has(b))
           this.fail(`lacks the pack of block ${b}`);
       }

@@ -377,6 +377,106 @@ describe("the checker", () => {
       },
     ],
     [
+      "an update carried out twice",
+      resident,
+      /updates again/,
+      (t) => {
+        t.instructions.push(structuredClone(get(t, { op: "update", block: 1 })));
+      },
+    ],
+    [
+      "an update that is lacking",
+      resident,
+      /at its end: lacks the update of block 1/,
+      (t) => drop(t, at(t, { op: "update", block: 1 })),
+    ],
+    [
+      "a backward that is lacking",
+      { ...resident, update: "backward", clip: "none" },
+      /block 4.* holds sums\(4\) of 2 micro-batches|lacks the backward/,
+      (t) => drop(t, at(t, { op: "backward", block: 4, microBatch: 2 })),
+    ],
+    [
+      "a pack that is lacking",
+      { ...forward, retained: "device" },
+      /retained\(1\)|lacks the pack of block 1/,
+      (t) => drop(t, at(t, { op: "pack", block: 1 })),
+    ],
+    [
+      "a backward before its forward",
+      resident,
+      /runs before its forward/,
+      (t) =>
+        move(t, at(t, { op: "backward", block: 4, microBatch: 0 }), at(t, { op: "forward", block: 4, microBatch: 0 })),
+    ],
+    [
+      "an update before another block's backward",
+      { ...resident, clip: "none" },
+      /updates before all backwards of block 0/,
+      (t) => move(t, at(t, { op: "update", block: 3 }), at(t, { op: "backward", block: 0, microBatch: 1 })),
+    ],
+    [
+      "a pack before its norm",
+      forward,
+      /packs a gradient before its norm/,
+      (t) => move(t, at(t, { op: "norm", block: 2 }), at(t, { op: "pack", block: 2 })),
+    ],
+    [
+      "an update after the next record is closed",
+      { ...forward, retained: "device" },
+      /updates after the record of its step/,
+      (t) => move(t, at(t, { op: "update", block: 0 }), t.instructions.length - 1),
+    ],
+    [
+      "a first micro-batch that adds",
+      resident,
+      /first is false at micro-batch 0/,
+      (t) => {
+        get(t, { op: "turn", microBatch: 0 }).first = false;
+      },
+    ],
+    [
+      "a gradient that is added to nothing",
+      resident,
+      /dIn 0 adds as contribution 1 of 1/,
+      (t) => {
+        get(t, { op: "backward", block: 2 }).add[0] = true;
+      },
+    ],
+    [
+      "a graph kept for nothing",
+      resident,
+      /keep is true; recompute all wants false/,
+      (t) => {
+        get(t, { op: "forward", block: 2 }).keep = true;
+      },
+    ],
+    [
+      "an update from another gradient",
+      resident,
+      /takes its gradient from retained; update end wants sums/,
+      (t) => {
+        get(t, { op: "update", block: 2 }).from = "retained";
+      },
+    ],
+    [
+      "state of another size",
+      streamed,
+      /state: place \d+ .* has \d+ bytes, expected/,
+      (t) => {
+        const u = get(t, { op: "update", block: 2 });
+        u.state = u.param;
+      },
+    ],
+    [
+      "a copy beyond its place",
+      streamed,
+      /end beyond from/,
+      (t) => {
+        get(t, { op: "copy", queue: "in" }).bytes += 4096 * 9;
+      },
+    ],
+    [
       "a pass that runs twice",
       resident,
       /runs again/,
