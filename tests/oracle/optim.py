@@ -182,13 +182,13 @@ def check_masters():
 
 
 def round_once(values, key=(11, 0, 5), threads=None, cut=None):
-    """Stochastically rounds p * (1 - lr * decay) = 0.7 p: the gradient and the moments are zero."""
+    """Stochastically rounds p * (1 - lr * decay): the gradient and the moments are zero."""
     param = values.clone()
     parts = [(0, param.numel())] if cut is None else [(0, cut), (cut, param.numel())]
     if threads:
         torch.set_num_threads(threads)
     for begin, end in parts:
-        Adam32(param[begin:end], decay=0.3, lr=1.0).step(torch.zeros(end - begin), key=(*key, begin))
+        Adam32(param[begin:end], decay=0.3183, lr=1.0).step(torch.zeros(end - begin), key=(*key, begin))
     torch.set_num_threads(2)
     return param
 
@@ -196,7 +196,7 @@ def round_once(values, key=(11, 0, 5), threads=None, cut=None):
 def check_stochastic():
     n = 1 << 20
     p = torch.randn(n).bfloat16()
-    exact = p.float() * torch.tensor(1 - 1.0 * 0.3)
+    exact = p.float() * torch.tensor(1 - 1.0 * 0.3183)
     bits = exact.view(torch.int32)
     down = (bits & -65536).view(torch.float32)
     up = ((bits & -65536) + 65536).view(torch.float32)
