@@ -14,6 +14,7 @@
 #include "binding/exports.h"
 #include "binding/host_tensor.h"
 #include "binding/session_decode.h"
+#include "engine/cuda_device.h"
 #include "engine/error.h"
 #include "engine/host_allocator.h"
 #include "engine/worker.h"
@@ -285,9 +286,11 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
       return dtype_from_name(name);
     };
     spec.dtype = floating(dtype_text, "dtype");
-    if (device != "cpu" && device != "sim")
-      throw CodedError("INVALID_ARGUMENT", "[session] this version trains on the CPU only; device \"" + device +
-                                               "\" is not supported yet. Use device \"cpu\"");
+    const bool is_cuda = device.rfind("cuda:", 0) == 0 && device.size() > 5 && device.size() < 9 &&
+                         device.find_first_not_of("0123456789", 5) == std::string::npos;
+    if (device != "cpu" && device != "sim" && !is_cuda)
+      throw CodedError("INVALID_ARGUMENT", "[session] expected device cpu, sim or cuda:N, got " + device);
+    if (is_cuda) spec.device = at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(std::stoi(device.substr(5))));
     threads_ = static_cast<int>(options.integer("threads"));
     if (threads_ < 0) throw CodedError("INVALID_ARGUMENT", "[session] expected threads >= 0 (0: all)");
     if (threads_ == 0) threads_ = at::get_num_threads();
@@ -324,6 +327,10 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
       spec.sim.host_to_device = rate("hostToDevice");
       spec.sim.device_to_host = rate("deviceToHost");
       if (!sim.at("adversary").IsNull()) spec.sim.adversary = sim.integer("adversary");
+    }
+    if (options.has("deviceMemory")) {
+      if (!is_cuda) throw CodedError("CONFIG", "[session] options.deviceMemory is for a CUDA device; sim.memoryBytes caps a simulated one");
+      spec.device_bytes = options.integer("deviceMemory");
     }
     if (options.has("diskFolder")) spec.disk_folder = options.text("diskFolder");
     core_ = std::make_shared<Core>();
@@ -618,6 +625,7 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
           core->executor.reset();
           core->state_bytes = 0;
           engine::trim_host_memory();
+          engine::cuda::give_back();
           return {};
         });
         lane_->retire();

@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cmath>
 
+#include "engine/cuda_device.h"
 #include "engine/error.h"
 #include "engine/host_allocator.h"
 #include "engine/step.h"
@@ -26,6 +27,12 @@ double steady_seconds() {
 }
 
 Executor::Executor(const SessionSpec& spec) : spec_(spec), account_(Account::make()) {
+  if (!spec_.device.is_cpu()) {
+    cuda::check_device(spec_.device);
+    cuda::limit_memory(spec_.device, spec_.device_bytes);
+    copies_ = cuda::copies(spec_.device);
+    return;
+  }
   if (spec_.device_bytes.has_value()) account_.cap = *spec_.device_bytes;
   copies_ = spec_.sim.adversary.has_value() ? adversary_copies(*spec_.sim.adversary) : threaded_copies(spec_.sim);
 }
@@ -92,8 +99,8 @@ void Executor::load(Graph graph, std::optional<Placement> placement) {
   if (train_) fail("INVALID_ARGUMENT", "[session] a graph is loaded already: one session trains one model");
   auto loaded = std::make_unique<LoadedGraph>();
   loaded->programs = ready(graph);
-  state_ = std::make_unique<ModelState>(graph, spec_.dtype, spec_.format, std::move(placement), account_,
-                                        spec_.disk_folder);
+  state_ = std::make_unique<ModelState>(graph, spec_.dtype, spec_.format, std::move(placement), spec_.device,
+                                        account_, spec_.disk_folder);
   for (const BlockSpec& block : graph.blocks) loaded->parameters.push_back(block.parameters);
   loaded->graph = std::move(graph);
   link(*loaded);
@@ -266,9 +273,24 @@ void Executor::execute(Step& step, const Instruction& at) {
   if (!step.result.finite) step.dead = true;
 }
 
+std::pair<int64_t, int64_t> Executor::device_memory() const {
+  if (spec_.device.is_cpu()) return {account_.live, account_.peak};
+  const cuda::DeviceMemory memory = cuda::memory(spec_.device);
+  return {memory.live, memory.peak};
+}
+
+void Executor::reset_device_peak() {
+  if (spec_.device.is_cpu())
+    account_.reset_peak();
+  else
+    cuda::reset_peak(spec_.device);
+}
+
 void Executor::walk(Step& step, const std::atomic<bool>& cancelled) {
   const Tape& tape = step.tape;
   const AccountScope scope(account_);
+  std::optional<cuda::StreamScope> stream;
+  if (!spec_.device.is_cpu()) stream.emplace(spec_.device);
   std::optional<Profile>& profile = step.result.profile;
   if (step.request.profile) {
     profile.emplace();
@@ -278,8 +300,8 @@ void Executor::walk(Step& step, const std::atomic<bool>& cancelled) {
     profile->device_bytes.assign(n, 0);
     profile->device_peak.assign(n, 0);
   }
-  account_.reset_peak();
-  int64_t peak = account_.peak;
+  reset_device_peak();
+  int64_t peak = 0;
   copies_->begin(tape, state_->memory(), profile.has_value() ? &profile->timeline : nullptr);
   try {
     for (size_t i = 0; i < tape.instructions.size(); ++i) {
@@ -299,7 +321,7 @@ void Executor::walk(Step& step, const std::atomic<bool>& cancelled) {
       } catch (const c10::OutOfMemoryError& error) {
         step.failure = std::make_exception_ptr(
             out_of_memory(train_->graph.blocks[std::max(0, at.block)].name, error.what_without_backtrace(),
-                          state_->memory().device_bytes(), account_.live - state_->memory().device_bytes()));
+                          state_->memory().device_bytes(), device_memory().first - state_->memory().device_bytes()));
       } catch (...) {
         step.failure = std::current_exception();
       }
@@ -307,12 +329,13 @@ void Executor::walk(Step& step, const std::atomic<bool>& cancelled) {
         step.dead = true;
         step.kept.clear();
       }
-      peak = std::max<int64_t>(peak, account_.peak);
       if (profile.has_value()) {
+        const auto [live, highest] = device_memory();
+        peak = std::max(peak, highest);
         profile->timeline.end[i] = steady_seconds();
-        profile->device_bytes[i] = account_.live;
-        profile->device_peak[i] = account_.peak;
-        account_.reset_peak();
+        profile->device_bytes[i] = live;
+        profile->device_peak[i] = highest;
+        reset_device_peak();
       }
       copies_->finished(static_cast<int>(i));
     }
@@ -323,7 +346,7 @@ void Executor::walk(Step& step, const std::atomic<bool>& cancelled) {
     throw;
   }
   step.result.copied = copies_->counts();
-  step.result.peak_device_bytes = peak;
+  step.result.peak_device_bytes = std::max(peak, device_memory().second);
 }
 
 StepResult Executor::step(const StepRequest& request, const std::atomic<bool>& cancelled) {
@@ -357,6 +380,7 @@ StepResult Executor::step(const StepRequest& request, const std::atomic<bool>& c
   step.shapes.resize(tape.micro_batches);
   for (auto& by_block : step.shapes) by_block.resize(graph.blocks.size());
   for (const BlockSpec& block : graph.blocks) step.touched.emplace_back(block.parameters.size(), 0);
+  step.batches = request.micro_batches;
   for (int m = 0; m < tape.micro_batches; ++m) {
     const Batch& batch = request.micro_batches[m];
     step.dims.push_back(bind(graph, batch, "micro-batch " + std::to_string(m)));
@@ -364,6 +388,8 @@ StepResult Executor::step(const StepRequest& request, const std::atomic<bool>& c
     for (const LossTerm& term : graph.losses) counts.push_back(count(term, batch));
     for (size_t i = 0; i < counts.size(); ++i) step.counts[i] += counts[i];
     step.micro_counts.push_back(std::move(counts));
+    if (!spec_.device.is_cpu())
+      for (auto& [name, tensor] : step.batches[m]) tensor = tensor.to(spec_.device);
   }
   for (size_t i = 0; i < graph.losses.size(); ++i)
     if (step.counts[i] == 0)
@@ -432,7 +458,7 @@ std::map<std::string, at::Tensor> Executor::run(const std::string& name, const B
         case ProgramInput::Kind::kBatch: {
           const auto it = batch.find(source.name);
           if (it == batch.end()) fail("INVALID_ARGUMENT", "[session] the batch has no input \"", source.name, "\"");
-          inputs.push_back(it->second);
+          inputs.push_back(it->second.to(spec_.device));
           break;
         }
         case ProgramInput::Kind::kLossScale: {
@@ -463,7 +489,7 @@ std::map<std::string, at::Tensor> Executor::run(const std::string& name, const B
   }
   std::map<std::string, at::Tensor> outputs;
   for (const GraphOutput& output : graph.outputs)
-    outputs[output.name] = boundaries.at(output.block).at(output.output).contiguous();
+    outputs[output.name] = boundaries.at(output.block).at(output.output).contiguous().to(at::kCPU);
   return outputs;
 }
 
@@ -472,10 +498,11 @@ at::Tensor Executor::flat_parameters(int owner) const {
   const Place& home = *state_->placement().param[owner];
   const at::ScalarType storage = state_->format().storage;
   const int64_t elements = home.bytes / static_cast<int64_t>(c10::elementSize(storage));
-  if (home.space != Space::kDisk) return state_->memory().view(home, 0, {elements}, storage).to(spec_.dtype);
+  if (home.space != Space::kDisk)
+    return state_->memory().view(home, 0, {elements}, storage).to(spec_.device, spec_.dtype);
   const at::Tensor copy = at::empty({elements}, at::dtype(storage));
   state_->memory().access(home, 0, copy.mutable_data_ptr(), home.bytes, /*write=*/false);
-  return copy.to(spec_.dtype);
+  return copy.to(spec_.device, spec_.dtype);
 }
 
 at::Tensor Executor::gradient(const std::string& name) {

@@ -26,7 +26,7 @@ struct SessionSpec {
   at::Device device = at::kCPU;
   StateFormat format;
   AdamW optimizer{};
-  std::optional<int64_t> device_bytes;  // cap of a simulated device
+  std::optional<int64_t> device_bytes;  // cap of a simulated device; a CUDA device's share that may be used
   SimOptions sim;
   std::string disk_folder;
 };
@@ -111,6 +111,8 @@ class Executor {
                                     const std::vector<at::Tensor>& parameters, const DimValues& dims) const;
   at::Tensor flat_parameters(int owner) const;
 
+  std::pair<int64_t, int64_t> device_memory() const;  // live, peak
+  void reset_device_peak();
   void prepare(const Tape& tape) const;
   void walk(Step& step, const std::atomic<bool>& cancelled);
   void execute(Step& step, const Instruction& at);

@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "engine/cuda_device.h"
 #include "engine/error.h"
 #include "engine/layout.h"
 
@@ -18,13 +19,16 @@ at::Tensor arena(int64_t bytes) {
 
 }  // namespace
 
-Memory::Memory(const Placement& placement, Account& account, const std::string& disk_folder) {
+Memory::Memory(const Placement& placement, at::Device device, Account& account, const std::string& disk_folder)
+    : on_(device) {
   try {
-    {
+    if (on_.is_cpu()) {
       const AccountScope scope(account);
       device_ = arena(placement.device_bytes);
+    } else {
+      device_ = at::empty({placement.device_bytes}, at::TensorOptions().dtype(at::kByte).device(on_));
     }
-    host_ = arena(placement.host_bytes);
+    host_ = on_.is_cpu() ? arena(placement.host_bytes) : cuda::pinned_bytes(placement.host_bytes);
   } catch (const c10::OutOfMemoryError& error) {
     fail("OUT_OF_MEMORY", "[plan] ", placement.device_bytes, " bytes on the device and ", placement.host_bytes,
          " on the host were planned: ", error.what_without_backtrace(), ". Plan for less memory");
@@ -55,7 +59,8 @@ at::Tensor Memory::view(const Place& place, int64_t offset_bytes, at::IntArrayRe
   const int64_t bytes = c10::multiply_integers(sizes) * static_cast<int64_t>(c10::elementSize(dtype));
   if (place.space == Space::kDisk || place.space == Space::kSlot || offset_bytes + bytes > place.bytes)
     fail("TAPE", "[tape] a tensor of ", bytes, " bytes at ", offset_bytes, " does not fit its place of ", place.bytes);
-  return at::from_blob(address(place) + offset_bytes, sizes, at::TensorOptions().dtype(dtype));
+  const at::Device where = place.space == Space::kDevice ? on_ : at::Device(at::kCPU);
+  return at::from_blob(address(place) + offset_bytes, sizes, at::TensorOptions().dtype(dtype).device(where));
 }
 
 void Memory::access(const Place& place, int64_t offset_bytes, void* data, int64_t bytes, bool write) const {
@@ -64,12 +69,18 @@ void Memory::access(const Place& place, int64_t offset_bytes, void* data, int64_
     return;
   }
   char* at = address(place) + offset_bytes;
+  if (place.space == Space::kDevice && !on_.is_cpu()) {
+    cuda::transfer(on_, write ? at : data, write ? data : at, bytes);
+    return;
+  }
   std::memcpy(write ? at : data, write ? data : at, static_cast<size_t>(bytes));
 }
 
 void Memory::zero(const Place& place) const {
   if (place.space == Space::kDisk)
     disk().zero(place.offset, place.bytes);
+  else if (place.space == Space::kDevice && !on_.is_cpu())
+    cuda::zero(on_, address(place), place.bytes);
   else
     std::memset(address(place), 0, static_cast<size_t>(place.bytes));
 }

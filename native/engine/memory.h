@@ -12,10 +12,10 @@ namespace stroma::engine {
 
 class Memory {
  public:
-  // account: what device memory is counted to. Throws OUT_OF_MEMORY, DISK_FULL.
-  Memory(const Placement& placement, Account& account, const std::string& disk_folder);
+  // account: what memory of a device that is this process's own is counted to. Throws OUT_OF_MEMORY, DISK_FULL.
+  Memory(const Placement& placement, at::Device device, Account& account, const std::string& disk_folder);
 
-  // A tensor over a range: memory of its own as far as autograd's version counters go. device or host only.
+  // A tensor over a range, on the device or on the CPU: memory of its own as far as autograd's version counters go.
   at::Tensor view(const Place& place, int64_t offset_bytes, at::IntArrayRef sizes, at::ScalarType dtype) const;
   char* address(const Place& place) const;
   // Reads or writes a range of any space, between steps.
@@ -28,6 +28,7 @@ class Memory {
   int64_t disk_bytes() const { return disk_ ? disk_->bytes() : 0; }
 
  private:
+  at::Device on_;
   at::Tensor device_, host_;  // bytes
   std::unique_ptr<Disk> disk_;
 };

@@ -105,7 +105,7 @@ std::vector<at::Tensor> Executor::block_inputs(Step& step, const Instruction& at
   const BlockSpec& block = train_->graph.blocks[at.block];
   const auto& specs = train_->programs[block.program].spec().inputs;
   if (at.in.size() != specs.size()) fail("TAPE", "[tape] block ", block.name, " has ", specs.size(), " inputs");
-  const Batch& batch = step.request.micro_batches[at.micro_batch];
+  const Batch& batch = step.batches[at.micro_batch];
   std::vector<at::Tensor> inputs;
   for (size_t i = 0; i < specs.size(); ++i) {
     switch (specs[i].kind) {

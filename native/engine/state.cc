@@ -40,8 +40,9 @@ StateKind state_kind_from_name(const std::string& name) {
 }
 
 ModelState::ModelState(const Graph& graph, at::ScalarType dtype, const StateFormat& format,
-                       std::optional<Placement> placement, Account& account, const std::string& disk_folder)
-    : layout(layout_blocks(graph, dtype, format)), dtype_(dtype), format_(format) {
+                       std::optional<Placement> placement, at::Device device, Account& account,
+                       const std::string& disk_folder)
+    : layout(layout_blocks(graph, dtype, format)), dtype_(dtype), device_(device), format_(format) {
   placement_ = placement.has_value() ? std::move(*placement) : resident_placement(layout);
   if (placement_.param.size() != layout.size() || placement_.state.size() != layout.size())
     fail("TAPE", "[tape] expected homes for ", layout.size(), " blocks, got ", placement_.param.size());
@@ -63,7 +64,7 @@ ModelState::ModelState(const Graph& graph, at::ScalarType dtype, const StateForm
   for (const Parameter& p : parameters)
     if (p.layout.parameter < 0)
       fail("GRAPH", "[graph] parameter ", p.spec.name, " is owned by block ", p.spec.owner, ", which does not use it");
-  memory_ = std::make_unique<Memory>(placement_, account, disk_folder);
+  memory_ = std::make_unique<Memory>(placement_, device, account, disk_folder);
   for (const auto* homes : {&placement_.param, &placement_.state})
     for (const std::optional<Place>& home : *homes)
       if (home.has_value()) memory_->check(*home, "a home");
@@ -146,8 +147,10 @@ ModelState::Range ModelState::range(StateKind kind, const Parameter& p) const {
   }
 }
 
-bool ModelState::in_memory(StateKind kind, const Parameter& p) const {
-  return kind == StateKind::kStep || range(kind, p).home->space != Space::kDisk;
+bool ModelState::in_host_memory(StateKind kind, const Parameter& p) const {
+  if (kind == StateKind::kStep) return false;
+  const Space space = range(kind, p).home->space;
+  return space == Space::kHost || (space == Space::kDevice && device_.is_cpu());
 }
 
 bool ModelState::fits_twice() const {
@@ -172,7 +175,7 @@ void ModelState::put(StateKind kind, const Parameter& p, const at::Tensor& value
     memory_->view(*r.home, r.offset, shape_of(kind, p), dtype_of(kind)).copy_(value);
     return;
   }
-  const at::Tensor bytes = value.to(dtype_of(kind)).contiguous();
+  const at::Tensor bytes = value.to(at::kCPU, dtype_of(kind)).contiguous();
   memory_->access(*r.home, r.offset, const_cast<void*>(bytes.const_data_ptr()), r.bytes, /*write=*/true);
 }
 

@@ -28,7 +28,7 @@ class ModelState {
  public:
   // dtype: of the graph. Throws TAPE for a placement that does not fit, OUT_OF_MEMORY, DISK_FULL.
   ModelState(const Graph& graph, at::ScalarType dtype, const StateFormat& format, std::optional<Placement> placement,
-             Account& account, const std::string& disk_folder);
+             at::Device device, Account& account, const std::string& disk_folder);
 
   std::vector<Parameter> parameters;
   std::vector<BlockLayout> layout;  // by block
@@ -38,7 +38,8 @@ class ModelState {
   bool holds(StateKind kind, const Parameter& parameter) const;
   at::ScalarType dtype_of(StateKind kind) const;
   std::vector<int64_t> shape_of(StateKind kind, const Parameter& parameter) const;
-  bool in_memory(StateKind kind, const Parameter& parameter) const;
+  // Whether tensor() is a view that this process may read and write directly.
+  bool in_host_memory(StateKind kind, const Parameter& parameter) const;
   // Whether this machine's free memory holds a copy of all of it (never when some lies on disk).
   bool fits_twice() const;
   // A view of its home where that is memory, else a copy.
@@ -62,6 +63,7 @@ class ModelState {
   void put(StateKind kind, const Parameter& parameter, const at::Tensor& value);
 
   at::ScalarType dtype_;
+  at::Device device_;
   StateFormat format_;
   Placement placement_;
   std::unique_ptr<Memory> memory_;

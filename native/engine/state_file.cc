@@ -82,7 +82,7 @@ Snapshot::Snapshot(const ModelState& state, const std::vector<StateKind>& kinds)
   const at::NoGradGuard no_grad;
   for (const Parameter& p : state.parameters)
     for (const StateKind kind : kinds)
-      if (copied_ && state.holds(kind, p)) tensors_.emplace(key(kind, p.spec.name), state.tensor(kind, p).clone());
+      if (copied_ && state.holds(kind, p)) tensors_.emplace(key(kind, p.spec.name), state.tensor(kind, p).to(at::kCPU, /*non_blocking=*/false, /*copy=*/true));
 }
 
 at::Tensor Snapshot::tensor(StateKind kind, const std::string& name) const {
@@ -107,7 +107,7 @@ Snapshot::Written Snapshot::write(const std::string& path, const std::string& he
       if (!tensor.defined())
         fail("INVALID_ARGUMENT", "[checkpoint] the snapshot holds no ", state_kind_name(entry.kind), " of ",
              entry.name);
-      const at::Tensor bytes = tensor.to(entry.dtype).contiguous();
+      const at::Tensor bytes = tensor.to(at::kCPU, entry.dtype).contiguous();
       if (static_cast<int64_t>(bytes.nbytes()) != entry.bytes || entry.offset < sink.written())
         fail("INVALID_ARGUMENT", "[checkpoint] entry ", entry.name, " has ", entry.bytes, " bytes at ", entry.offset,
              ", expected ", bytes.nbytes(), " at ", sink.written(), " or later");
@@ -186,7 +186,7 @@ void read_state(ModelState& state, const std::string& path, const std::vector<Fi
     const bool has_finer = state.holds(StateKind::kMaster, p) || state.holds(StateKind::kLow, p);
     if (entry.dtype != state.dtype_of(entry.kind) || entry.kind == StateKind::kStep ||
         entry.kind == StateKind::kMaster || (entry.kind == StateKind::kParam && has_finer) ||
-        !state.in_memory(entry.kind, p)) {
+        !state.in_host_memory(entry.kind, p)) {
       converted.push_back(&entry);
     } else {
       at::Tensor target = state.tensor(entry.kind, p);

@@ -9,6 +9,7 @@ struct Executor::Step {
   const StepRequest& request;
   const Tape& tape;
   StepResult result;
+  std::vector<Batch> batches;  // on the device
   std::vector<DimValues> dims;                                          // by micro-batch
   std::vector<at::Tensor> slots;                                        // Space::kSlot
   std::vector<std::vector<std::vector<std::vector<int64_t>>>> shapes;  // of boundaries: micro-batch, block, output

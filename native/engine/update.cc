@@ -203,7 +203,7 @@ void Executor::update(Step& step, const Instruction& at) {
       gradient = memory.view(from, retained.value[i], {t.elements}, dtype_of(at.dtype));
       if (at.dtype == RetainedDType::kDynamic8) {
         const at::Tensor absmax = memory.view(from, retained.absmax[i], {scales(t.elements)}, at::kFloat);
-        at::Tensor wide = at::empty({t.elements}, at::TensorOptions().dtype(at::kFloat));
+        at::Tensor wide = at::empty({t.elements}, gradient.options().dtype(at::kFloat));
         dequantize.call(gradient, absmax, /*signed=*/true, wide);
         gradient = wide;
       }

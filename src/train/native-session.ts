@@ -47,6 +47,8 @@ export interface SessionOptions {
     epsilon: number;
     weightDecay: number;
   };
+  /** Bytes of a CUDA device's memory that may be used: imitates a smaller card. Default: all. */
+  deviceMemory?: number;
   /** With device "sim". */
   sim?: SimDeviceOptions;
   /** Folder for state and boundaries that a tape places on disk; the files in it are removed at the end. */

@@ -1,0 +1,46 @@
+// What a CUDA device does otherwise than this process's memory: pinned host pages, copies on streams, its own allocator's
+// counters. A build without CUDA has the same functions; they refuse.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+
+#include "engine/copies.h"
+
+namespace stroma::engine::cuda {
+
+bool built();
+// Throws NOT_SET_UP without a CUDA build or driver, INVALID_ARGUMENT for a card that is not there.
+void check_device(at::Device device);
+// Pages of our own, registered with the driver: the stock pinned allocator rounds up to powers of two (20.4 -> 32 GiB).
+at::Tensor pinned_bytes(int64_t bytes);
+// Between device memory and pageable or pinned memory, done at return.
+void transfer(at::Device device, void* to, const void* from, int64_t bytes);
+void zero(at::Device device, void* data, int64_t bytes);
+
+// An imitation of a smaller card; nullopt: all of it.
+void limit_memory(at::Device device, std::optional<int64_t> bytes);
+struct DeviceMemory {
+  int64_t live = 0, peak = 0;  // bytes of tensors
+  int64_t segments = 0;        // times that the driver was asked for memory
+};
+DeviceMemory memory(at::Device device);
+void reset_peak(at::Device device);
+void give_back();  // cached segments, to the driver
+
+// Makes a stream of the session's own the current one of this thread while it lives.
+class StreamScope {
+ public:
+  explicit StreamScope(at::Device device);
+  ~StreamScope();
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+// A stream for each direction, and threads for the disk queues. Instructions of the compute queue are ordered by events
+// of the current stream.
+std::unique_ptr<Copies> copies(at::Device device);
+
+}  // namespace stroma::engine::cuda
