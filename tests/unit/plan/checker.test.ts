@@ -7,6 +7,7 @@ import type { Value } from "../../../src/graph/value.js";
 import { findModel } from "../../../src/models/registry.js";
 import { checkTape } from "../../../src/plan/checker.js";
 import { Intervals } from "../../../src/plan/intervals.js";
+import { blockLayouts } from "../../../src/plan/layout.js";
 import type { Policy } from "../../../src/plan/policy.js";
 import type { Instruction, Tape } from "../../../src/plan/types.js";
 import { writeTape } from "../../../src/plan/write-tape.js";
@@ -250,6 +251,42 @@ describe("the checker", () => {
     expect(() => checkTape(tiny, tape)).toThrow(
       /forward of block 0.*writes device .*, which instruction \d+ \(.*\) writes, and does not wait for it/,
     );
+  });
+
+  it("refuses a cast of the version before its update", () => {
+    const policy: Policy = { ...forward, state: mixed.state };
+    const early = (tape: Tape) => move(tape, at(tape, { op: "cast", block: 2 }), at(tape, { op: "update", block: 2 }));
+    expect(check(policy, () => {})).not.toThrow();
+    expect(check(policy, early)).toThrow(/holds compute\(2\) after 0 updates, expected compute\(2\) after 1 updates/);
+  });
+
+  it("knows frozen parameters, which no update changes", () => {
+    const graph = traceModel(
+      model<null>("frozen", (m) => {
+        const labels = m.input("labels", "int64", ["B"]);
+        const weight = (p: BlockScope, name: string, trainable = true) => p.param(name, [WIDTH, WIDTH], { trainable });
+        const input = m.input("x", "float32", ["B", WIDTH]);
+        const x = m.block("first", (p) => ops.linear(input, weight(p, "a")));
+        const y = m.block("half", (p) => ops.linear(ops.linear(x, weight(p, "a")), weight(p, "b", false)));
+        const z = m.block("frozen", (p) => ops.linear(y, weight(p, "a", false)));
+        m.block("loss", (p) => {
+          const loss = ops.mul(ops.sum(z, []), p.lossScale("loss"));
+          p.loss("loss", loss, { count: labels, ignore: -100 });
+          return loss;
+        });
+        return undefined;
+      }),
+      null,
+    );
+    for (const policy of [resident, streamed, forward, mixed]) expect(check(policy, () => {}, graph)).not.toThrow();
+    // The tail of half's parameters stays behind.
+    const trainable = blockLayouts(graph, streamed.state)[1]!.trainableBytes;
+    const headOnly = (tape: Tape) => {
+      for (const i of tape.instructions)
+        if (i.op === "copy" && i.queue === "in" && i.operand.kind === "param" && i.operand.block === 1)
+          i.bytes = trainable;
+    };
+    expect(check({ ...streamed, parts: 1 }, headOnly, graph)).toThrow(/expected the frozen part of param\(1\)/);
   });
 
   it("knows a boundary of the step before from this step's", () => {
