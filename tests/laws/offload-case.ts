@@ -17,7 +17,8 @@ export interface LawCase {
   steps: { microBatches: Batch[]; step: number; seed: number; learningRate: number; maxGradNorm: number | null }[];
 }
 
-const pick = <T>(next: () => number, choices: readonly T[]): T => choices[Math.floor(next() * choices.length)]!;
+export const pick = <const T>(next: () => number, choices: readonly T[]): T =>
+  choices[Math.floor(next() * choices.length)]!;
 
 /** At least three micro-batches (two commute), of unequal size. */
 export function lawCase(seed: number, steps = 3): LawCase {
@@ -57,7 +58,8 @@ export interface Outcome {
   state: Map<string, string>;
 }
 
-const bytes = (t: HostTensor) => Buffer.from(t.data.buffer, t.data.byteOffset, t.data.byteLength);
+/** A tensor's bytes, without a copy. */
+export const bytesOf = (t: HostTensor): Buffer => Buffer.from(t.data.buffer, t.data.byteOffset, t.data.byteLength);
 
 export async function trainCase(
   native: NativeAddon,
@@ -71,10 +73,12 @@ export async function trainCase(
     await session.initialize(7);
     const results: StepResult[] = [];
     for (const step of c.steps)
-      results.push(await session.step({ tape: plan.step, ...(plan.flush === null ? {} : { flush: plan.flush }), ...step }));
+      results.push(
+        await session.step({ tape: plan.step, ...(plan.flush === null ? {} : { flush: plan.flush }), ...step }),
+      );
     const state = new Map<string, string>();
     for (const { kind, name } of await session.state())
-      state.set(`${kind} ${name}`, bytes(await session.read(kind, name)).toString("base64"));
+      state.set(`${kind} ${name}`, bytesOf(await session.read(kind, name)).toString("base64"));
     return { results, state };
   } finally {
     await session.dispose();
