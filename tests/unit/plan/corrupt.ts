@@ -2,7 +2,7 @@
 import fc from "fast-check";
 import type { Graph } from "../../../src/graph/types.js";
 import type { Policy, Space3 } from "../../../src/plan/policy.js";
-import type { CopyQueue, Instruction, Space, StateFormat, Tape } from "../../../src/plan/types.js";
+import type { CopyQueue, Instruction, StateFormat, Tape } from "../../../src/plan/types.js";
 import { writeTape } from "../../../src/plan/write-tape.js";
 import { randomGraph } from "../../support/random-graph.js";
 import { deriveWaits, queueOf } from "./adversary.js";
@@ -333,10 +333,4 @@ export const corruptions: Record<string, Corruption> = {
     i.block = pick(blocks);
     return i.block === was ? null : `block of instruction ${k}`;
   },
-};
-
-/** Bytes of the arenas that any place of the tape reaches, for messages. */
-export const summary = (tape: Tape): string => {
-  const spaces = new Set<Space>(tape.places.map((p) => p.space));
-  return `${tape.kind}, ${tape.instructions.length} instructions over ${[...spaces].join(", ")}`;
 };
