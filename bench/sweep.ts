@@ -115,6 +115,8 @@ export interface SweepRow {
   measuredPeakBytes: number;
   predictedSeconds: number;
   measuredSeconds: number;
+  /** Of this process in that step, all threads: what is left to compare on a machine that others use too. */
+  processorSeconds: number;
   bytesToDevice: number;
   bytesFromDevice: number;
   loss: number;
@@ -136,8 +138,9 @@ async function row(cap: number, last: boolean): Promise<SweepRow> {
     await session.load(planned, tapes.step.placement);
     await session.initialize(1);
     const { rows, count: microBatches } = report.microBatch;
-    const step = async (n: number, profile = false) =>
-      session.step({
+    const step = async (n: number, profile = false) => {
+      const began = process.cpuUsage();
+      const result = await session.step({
         tape: tapes.step,
         ...(tapes.flush === null ? {} : { flush: tapes.flush }),
         microBatches: batchesOf(rows, microBatches),
@@ -147,6 +150,9 @@ async function row(cap: number, last: boolean): Promise<SweepRow> {
         maxGradNorm: 1,
         profile,
       });
+      const { user, system } = process.cpuUsage(began);
+      return { ...result, processorSeconds: (user + system) / 1e6 };
+    };
     // The first step faults its pages in. Of the others the fastest: the machine may be shared.
     await step(0);
     let best = await step(1);
@@ -168,6 +174,7 @@ async function row(cap: number, last: boolean): Promise<SweepRow> {
       measuredPeakBytes: peak,
       predictedSeconds: report.predictedStepSeconds,
       measuredSeconds: best.seconds,
+      processorSeconds: best.processorSeconds,
       bytesToDevice: best.bytesToDevice,
       bytesFromDevice: best.bytesFromDevice,
       loss: best.loss,
@@ -230,7 +237,7 @@ say(
 );
 say(`rates: ${measured === null ? 'the named profile "cpu"' : "measured on this machine"}`);
 say(
-  `${"cap".padStart(9)} ${"peak: plan".padStart(11)} ${"measured".padStart(9)} ${"ratio".padStart(6)} ${"time: plan".padStart(11)} ${"measured".padStart(9)}  plan`,
+  `${"cap".padStart(9)} ${"peak: plan".padStart(11)} ${"measured".padStart(9)} ${"ratio".padStart(6)} ${"time: plan".padStart(11)} ${"measured".padStart(9)} ${"processor".padStart(10)}  plan`,
 );
 const rows: SweepRow[] = [];
 for (const [i, cap] of caps.entries()) {
@@ -239,7 +246,7 @@ for (const [i, cap] of caps.entries()) {
   const seconds = (s: number) => `${s.toFixed(2)} s`;
   say(
     `${showSize(r.capBytes).padStart(9)} ${showSize(r.predictedPeakBytes).padStart(11)} ${showSize(r.measuredPeakBytes).padStart(9)} ` +
-      `${(r.measuredPeakBytes / r.predictedPeakBytes).toFixed(3).padStart(6)} ${seconds(r.predictedSeconds).padStart(11)} ${seconds(r.measuredSeconds).padStart(9)}  ${r.plan}`,
+      `${(r.measuredPeakBytes / r.predictedPeakBytes).toFixed(3).padStart(6)} ${seconds(r.predictedSeconds).padStart(11)} ${seconds(r.measuredSeconds).padStart(9)} ${seconds(r.processorSeconds).padStart(10)}  ${r.plan}`,
   );
 }
 if (values.svg !== undefined) writeFileSync(values.svg, plot(rows));

@@ -121,7 +121,12 @@ export interface ProfileDocument {
   /** Bytes of one kind and block with one life; `from` and `to` are instructions, -1 and their count: beyond the step. */
   holdings: { space: Holding["space"]; kind: HeldKind; block: string; bytes: number; from: number; to: number }[];
   /** Device memory over measured time, by kind; values hold from one time to the next. */
-  memory: { timeMs: number[]; bytes: Record<MemoryKind, number[]> };
+  memory: {
+    timeMs: number[];
+    bytes: Record<MemoryKind, number[]>;
+    /** Of the device's arena: allocated, and nothing in it. */
+    unusedBytes: number[];
+  };
 }
 
 const KIND_OF = {
@@ -241,6 +246,7 @@ export function profileDocument(input: ProfileInput): ProfileDocument {
       bytes: Object.fromEntries(
         MEMORY_KINDS.map((kind) => [kind, [...(kind === "workspace" ? over.workspace : over.held[kind])]]),
       ) as Record<MemoryKind, number[]>,
+      unusedBytes: [...over.unused],
     },
   };
 }

@@ -11,10 +11,10 @@ const [memory, queues] = ["memory", "queues"].map((id) => document.getElementByI
 const lanes = [["compute", "compute"], ["in", "host to device"], ["out", "device to host"], ["load", "disk to host"], ["save", "host to disk"]]
   .filter(([queue]) => data.run.some((r) => r[0] === queue));
 const total = data.time.map((_, k) => data.stack.reduce((sum, column) => sum + column[k], 0));
-/** Top of the held bytes: all of the arena is allocated, used or not. */
+/** All of the arena is allocated, used or not; the workspace stands on top. */
 const workspace = data.stack[data.stack.length - 1];
-const slotted = data.time.map((_, k) => Math.max(data.arenaBytes, total[k] - workspace[k]));
-const held = slotted.map((below, k) => below + workspace[k]);
+const planned = data.time.map((_, k) => total[k] - workspace[k] + data.unused[k]);
+const held = planned.map((below, k) => below + workspace[k]);
 
 function size(bytes) {
   const [unit, scale] = bytes >= 1e9 ? ["GB", 1e9] : bytes >= 1e6 ? ["MB", 1e6] : ["kB", 1e3];
@@ -123,8 +123,8 @@ function drawMemory() {
     for (let k = 0; k < sum.length; k++) sum[k] += column[k];
     area(c, from, to, (k) => below[k], (k) => sum[k], y, style(data.kinds[s][0]));
   }
-  area(c, from, to, (k) => sum[k], (k) => slotted[k], y, hatch(g));
-  area(c, from, to, (k) => slotted[k], (k) => held[k], y, style("workspace"));
+  area(c, from, to, (k) => sum[k], (k) => planned[k], y, hatch(g));
+  area(c, from, to, (k) => planned[k], (k) => held[k], y, style("workspace"));
   g.strokeStyle = style("predicted");
   g.lineWidth = 1.25;
   g.setLineDash([4, 3]);
@@ -219,7 +219,7 @@ function hover(event, canvas) {
   }
   const k = timeAt(t), lines = [ms(t) + ": " + size(held[k]) + " held"];
   for (let s = data.stack.length - 1; s >= 0; s--) if (data.stack[s][k] > 0) lines.push("  " + size(data.stack[s][k]).padEnd(9) + data.kinds[s][1]);
-  const unused = slotted[k] - (total[k] - workspace[k]);
+  const unused = data.unused[k];
   if (unused > 0) lines.push("  " + size(unused).padEnd(9) + "arena, nothing in it");
   const r = running("compute", t);
   if (r) lines.push(describe(r)[0]);

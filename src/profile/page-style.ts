@@ -3,10 +3,10 @@ export const PAGE_STYLE = `
 :root { color-scheme: light dark; --bg: #fbfbfa; --panel: #ffffff; --ink: #1c1e21; --soft: #5c636b; --line: #dfe2e5; --grid: #eceef0;
   --unused: #d9dde1; --cap: #c62f2f; --predicted: #1c1e21;
   --parameters: #4e79a7; --optimizer: #a77bb5; --compute: #5fb0ab; --sums: #f0932f; --retained: #dc5a5c; --boundaries: #5aa154; --workspace: #e8c23d;
-  --forward: #7ba7d9; --turn: #8c6bb1; --backward: #2f6db5; --cast: #5fb0ab; --norm: #9aa3ab; --coefficient: #5c636b; --pack: #c78d8e; --update: #d6609a; }
+  --forward: #a3b7cc; --turn: #8a6548; --backward: #4d6179; --cast: #5fb0ab; --norm: #9aa3ab; --coefficient: #5c636b; --pack: #c78d8e; --update: #d6609a; }
 @media (prefers-color-scheme: dark) { :root { --bg: #15171a; --panel: #1d2024; --ink: #e9ebed; --soft: #9aa3ad; --line: #33383e; --grid: #292d32;
   --unused: #3a4047; --cap: #ff6b6b; --predicted: #f4f5f6;
-  --parameters: #5f8fc4; --optimizer: #b48ac3; --backward: #4285d4; --norm: #7d868f; --coefficient: #aab2ba; } }
+  --parameters: #5f8fc4; --optimizer: #b48ac3; --backward: #64798f; --turn: #b08462; --norm: #7d868f; --coefficient: #aab2ba; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--bg); color: var(--ink); font: 14px/1.45 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; font-variant-numeric: tabular-nums; }
 main { max-width: 1400px; margin: 0 auto; padding: 20px 24px 40px; }

@@ -14,7 +14,7 @@ export const KIND_WORDS: Readonly<Record<MemoryKind, string>> = {
   workspace: "workspace",
 };
 
-/** Compute copies of parameters are what `cast` makes; the first of their life is their own colour too. */
+/** What the compute queue carries out: colours of their own; a copy has that of what it carries. */
 const OPERATIONS = ["forward", "turn", "backward", "cast", "norm", "coefficient", "pack", "update"] as const;
 
 export function profilePage(document: ProfileDocument): string {
@@ -160,11 +160,10 @@ function pageData(document: ProfileDocument): unknown {
     capBytes: summary.capBytes,
     peakBytes: summary.peakDeviceBytes,
     peakAtMs: summary.peak.atMs,
-    arenaBytes: summary.arenaBytes.device,
     busyMs: summary.busyMs,
     time: memory.timeMs,
     stack: MEMORY_KINDS.map((kind) => memory.bytes[kind]),
-    /** Slots lie beside the arena: what they hold leaves none of it unused. */
+    unused: memory.unusedBytes,
     run: instructions.map((i) => [
       i.queue,
       opOf.get(i.operand ?? i.op)!,

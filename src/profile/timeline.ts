@@ -282,10 +282,12 @@ export interface OverTime {
   held: ByKind;
   /** What libtorch holds beside arena and slots. */
   workspace: Float64Array;
+  /** Bytes of the device's arena that hold nothing. */
+  unused: Float64Array;
 }
 
 interface Change {
-  kind: HeldKind | "workspace";
+  kind: HeldKind | "workspace" | "unused";
   at: number;
   bytes: number;
 }
@@ -313,7 +315,9 @@ export function overTime(
     const from = h.from < 0 ? 0 : h.space === "slot" ? endMs[h.from]! : startMs[h.from]!;
     const to = h.to >= n ? finish : h.uses.reduce((t, u) => Math.max(t, endMs[u]!), 0);
     hold(h.kind, from, to, h.bytes);
+    if (h.space === "device") hold("unused", from, to, -h.bytes);
   }
+  hold("unused", 0, finish, arenaAllocation(tape.placement.arenas.deviceBytes));
   let [since, kept] = [0, 0];
   for (const [i, at] of tape.instructions.entries()) {
     if (queueOf(at) !== QUEUES[0]) continue;
@@ -324,9 +328,13 @@ export function overTime(
   hold("workspace", since, finish, kept);
   const timeMs = Float64Array.from(new Set([0, ...changes.map((c) => c.at), finish])).sort();
   const index = new Map([...timeMs].map((t, k) => [t, k]));
-  const out: OverTime = { timeMs, held: byKind(timeMs.length), workspace: new Float64Array(timeMs.length) };
-  const columns = { ...out.held, workspace: out.workspace };
+  const columns = {
+    ...byKind(timeMs.length),
+    workspace: new Float64Array(timeMs.length),
+    unused: new Float64Array(timeMs.length),
+  };
   for (const { kind, at, bytes } of changes) columns[kind][index.get(at)!]! += bytes;
   for (const column of Object.values(columns)) for (let k = 1; k < column.length; k++) column[k]! += column[k - 1]!;
-  return out;
+  const { workspace: beside, unused, ...held } = columns;
+  return { timeMs, held, workspace: beside, unused };
 }

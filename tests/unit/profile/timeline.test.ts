@@ -181,4 +181,22 @@ describe("memory over time", () => {
     }
     expect(sumAt(held, timeMs.length - 1)).toBe(0);
   });
+
+  it("ends a life with the use that ends last, not the one that stands last", () => {
+    const { graph } = randomModel(5);
+    const tape = writeTape(graph, residentPolicy(graph, { microBatches: 2 })).step;
+    const n = tape.instructions.length;
+    const startMs = Float64Array.from({ length: n }, (_, i) => i);
+    const endMs = startMs.map((t, i) => (i === 2 ? 9.5 : t + 1));
+    const list = [{ space: "device", kind: "sums", block: 0, bytes: 100, from: 1, to: 3, uses: [2, 3] }] as const;
+    const none = { peak: new Float64Array(n), after: new Float64Array(n) };
+    const { timeMs, held } = overTime(
+      tape,
+      list.map((h) => ({ ...h, uses: [...h.uses] })),
+      { startMs, endMs },
+      none,
+    );
+    expect(timeMs.findIndex((_, k) => held.sums[k] === 100)).toBe(timeMs.indexOf(1));
+    expect(held.sums.lastIndexOf(100) + 1).toBe(timeMs.indexOf(9.5));
+  });
 });
