@@ -110,7 +110,8 @@ it("draws every instruction once on the track of its queue, and none over anothe
 it("writes three files; the page needs no network, and its data is data whatever names say", async () => {
   const folder = mkdtempSync(join(tmpdir(), "stroma-profile-"));
   try {
-    const named = { ...graph, model: '</script><img src="x">' };
+    const hostile = '</script><img src="x">';
+    const named = { ...graph, model: hostile, blocks: graph.blocks.map((b) => ({ ...b, name: hostile + b.name })) };
     const paths = await writeProfile(join(folder, "new"), run(writeTape(named, offloaded).step, named));
     expect(paths.map((p) => basename(p))).toEqual(["profile.json", "profile.html", "profile.trace.json"]);
     const [json, page, trace] = paths.map((path) => readFileSync(path, "utf8"));
