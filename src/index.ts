@@ -50,8 +50,13 @@ export * as nn from "./nn/index.js";
 export { ADAMW_DEFAULTS, type AdamWOptions } from "./optim/adamw.js";
 export { type LearningRateSchedule, learningRateAt, type ScheduleKind } from "./optim/schedules.js";
 // The engine itself, for those who schedule their own steps
-export { planResident } from "./plan/planner.js";
-export type { Instruction, Recompute, Schedule, Tape } from "./plan/types.js";
+export { type AutoPlan, type PlanReport, type PlanRequest, planAuto } from "./plan/auto.js";
+export { type CheckOptions, checkTape } from "./plan/checker.js";
+export { type PlanOptions, planResident } from "./plan/planner.js";
+export { findProfile, type MachineProfile, profileNames } from "./plan/profiles.js";
+export { type Simulation, simulate, tapePeaks } from "./plan/simulate.js";
+export type * from "./plan/types.js";
+export { type Home, type Policy, writeTape } from "./plan/write-tape.js";
 // Tensors: every operator of the dispatcher
 export * from "./tensor/index.js";
 export type { EvaluateOptions, EvaluateResult } from "./train/evaluate.js";

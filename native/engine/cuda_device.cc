@@ -55,7 +55,8 @@ class CudaCopies final : public Copies {
  public:
   explicit CudaCopies(at::Device device) : device_(device) {
     const c10::cuda::CUDAGuard guard(device_);
-    for (int q : {0, 1}) streams_.push_back(c10::cuda::getStreamFromPool(/*isHighPriority=*/true, device_.index()));
+    for (int direction = 0; direction < 2; ++direction)
+      streams_.push_back(c10::cuda::getStreamFromPool(/*isHighPriority=*/true, device_.index()));
   }
   ~CudaCopies() override {
     {
