@@ -3,10 +3,12 @@ import { createHash } from "node:crypto";
 import type { DataPosition } from "../data/types.js";
 import { StromaError } from "../errors.js";
 import { canonicalJson } from "../graph/hash.js";
+import type { StateFormat } from "../plan/types.js";
 import type { SessionOptions } from "../train/native-session.js";
+import type { PlanFacts } from "../train/plan.js";
 
 export const CHECKPOINT_FORMAT = "stromatolite.checkpoint";
-export const CHECKPOINT_VERSION = 1;
+export const CHECKPOINT_VERSION = 2;
 
 const sha256Text = (text: string): string => createHash("sha256").update(text, "utf8").digest("hex");
 
@@ -34,8 +36,14 @@ export interface CheckpointState {
   tokens: number;
   model: string;
   graphHash: string;
+  /** What blocks computed in. */
   dtype: SessionOptions["dtype"];
+  /** What model.safetensors holds, and what beside it optimizer.safetensors does. */
+  storage: StateFormat["storage"];
+  masterWeight: StateFormat["masterWeight"];
   optimizer: SessionOptions["optimizer"];
+  /** How a step was carried out; null in checkpoints of version 1. */
+  plan: PlanFacts | null;
   data: {
     name: string;
     fingerprint: string;
@@ -60,6 +68,7 @@ export function encodeState(state: CheckpointState): string {
  */
 const READERS: Readonly<Record<number, (raw: Record<string, unknown>, where: string) => CheckpointState>> = {
   1: readVersion1,
+  2: readVersion2,
 };
 
 /** @throws CHECKPOINT for what is not a checkpoint or was altered; VERSION_MISMATCH for one from a newer release */
@@ -86,6 +95,13 @@ const all = (fields: Record<string, Check>): Check => {
 };
 const number: Check = (v) => typeof v === "number" && Number.isFinite(v);
 
+const oneOf = (...values: readonly string[]): Check => {
+  return (v) => values.includes(v as string);
+};
+const FLOATING = oneOf("float32", "float64", "bfloat16");
+const AdamW = (...kinds: string[]) =>
+  all({ kind: oneOf(...kinds), beta1: number, beta2: number, epsilon: number, weightDecay: number });
+
 const VERSION_1: Record<string, Check> = {
   sequence: count,
   step: count,
@@ -93,8 +109,8 @@ const VERSION_1: Record<string, Check> = {
   tokens: count,
   model: text,
   graphHash: text,
-  dtype: (v) => v === "float32" || v === "float64" || v === "bfloat16",
-  optimizer: all({ kind: (v) => v === "adamw", beta1: number, beta2: number, epsilon: number, weightDecay: number }),
+  dtype: FLOATING,
+  optimizer: AdamW("adamw"),
   data: all({
     name: text,
     fingerprint: text,
@@ -107,10 +123,39 @@ const VERSION_1: Record<string, Check> = {
   files: (v) => record(v) && Object.values(v as object).every(all({ bytes: count, sha256: text })),
 };
 
+const PLAN = all({
+  tapeHash: text,
+  order: oneOf("breadthFirst", "depthFirst"),
+  recompute: oneOf("all", "none"),
+  update: oneOf("end", "backward", "forward"),
+  clip: oneOf("none", "block", "global"),
+  fused: count,
+  blocksMerged: count,
+  retainedDType: (v) => v === null || text(v),
+});
+const VERSION_2: Record<string, Check> = {
+  ...VERSION_1,
+  optimizer: AdamW("adamw", "adamw8bit"),
+  storage: FLOATING,
+  masterWeight: oneOf("none", "split16", "float32"),
+  plan: (v) => v === null || PLAN(v),
+};
+
+/** Parameters were stored as blocks computed, bfloat16 beside float32 masters. */
 function readVersion1(raw: Record<string, unknown>, where: string): CheckpointState {
-  for (const [field, check] of Object.entries(VERSION_1))
-    if (!check(raw[field])) throw damaged(where, `field "${field}" is missing or malformed`);
+  checkFields(raw, VERSION_1, where);
+  const masterWeight = raw.dtype === "bfloat16" ? "float32" : "none";
+  return { ...raw, version: CHECKPOINT_VERSION, storage: raw.dtype, masterWeight, plan: null } as CheckpointState;
+}
+
+function readVersion2(raw: Record<string, unknown>, where: string): CheckpointState {
+  checkFields(raw, VERSION_2, where);
   return raw as unknown as CheckpointState;
+}
+
+function checkFields(raw: Record<string, unknown>, fields: Record<string, Check>, where: string): void {
+  for (const [field, check] of Object.entries(fields))
+    if (!check(raw[field])) throw damaged(where, `field "${field}" is missing or malformed`);
 }
 
 function damaged(where: string, why: string): StromaError {

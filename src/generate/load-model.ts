@@ -98,10 +98,14 @@ export async function loadModel(
 ): Promise<LoadedModel> {
   const { createSession } = { ...realParts, ...parts };
   const { device = "cpu", threads = 0, tokenizer = new ByteTokenizer() } = options;
-  const open = async (dtype: SessionOptions["dtype"], graphs: Record<"train" | "eval" | "generate", Graph>) => {
+  const open = async (
+    dtype: SessionOptions["dtype"],
+    storage: SessionOptions["storage"],
+    graphs: Record<"train" | "eval" | "generate", Graph>,
+  ) => {
     // The optimizer's numbers are never used: frozen parameters have no state.
     const optimizer = { kind: "adamw", beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weightDecay: 0 } as const;
-    const session = await createSession({ device, dtype, threads, optimizer });
+    const session = await createSession({ device, dtype, storage, threads, optimizer });
     try {
       await session.load(frozen(graphs.train));
       await session.attach(EVAL, graphs.eval);
@@ -128,7 +132,7 @@ export async function loadModel(
       eval: model.graph("eval", dtype),
       generate: model.graph("generate", dtype),
     };
-    const session = await open(dtype, graphs);
+    const session = await open(dtype, dtype, graphs);
     await fill(session, loadPretrained(session, graphs.train, path));
     return new LoadedModel(basename(resolve(path)), path, null, tokenizer, session, graphs, null);
   }
@@ -146,7 +150,7 @@ export async function loadModel(
     generate: await readGraph(checkpoint, FILES.generateGraph),
   };
   for (const graph of Object.values(graphs)) validateGraph(graph);
-  const session = await open(dtype, graphs);
+  const session = await open(dtype, state.storage, graphs);
   await fill(session, restoreSession(session, checkpoint, { optimizer: false }));
   return new LoadedModel(
     state.model,

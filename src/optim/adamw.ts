@@ -5,6 +5,8 @@
 import { invalidArgument } from "../errors.js";
 import type { SessionOptions } from "../train/native-session.js";
 
+type Kind = SessionOptions["optimizer"]["kind"];
+
 export interface AdamWOptions {
   /** Default 0.9, as in PyTorch. */
   beta1?: number;
@@ -18,8 +20,13 @@ export interface AdamWOptions {
 
 export const ADAMW_DEFAULTS: Required<AdamWOptions> = { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weightDecay: 0.01 };
 
-/** @throws INVALID_ARGUMENT for values that torch.optim.AdamW refuses too. */
-export function resolveAdamW(options: AdamWOptions = {}): SessionOptions["optimizer"] {
+/**
+ * @param kind adamw8bit: moments quantized in blocks of 256 (Dettmers et al. 2022, arXiv 2110.02861), as in bitsandbytes
+ * @throws INVALID_ARGUMENT for values that torch.optim.AdamW refuses too
+ */
+export function resolveAdamW(options: AdamWOptions = {}, kind: Kind = "adamw"): SessionOptions["optimizer"] {
+  if (kind !== "adamw" && kind !== "adamw8bit")
+    throw invalidArgument("AdamW", "one of adamw, adamw8bit", kind, "optimizer");
   const o = { ...ADAMW_DEFAULTS };
   for (const key of Object.keys(options) as (keyof AdamWOptions)[]) {
     if (!(key in ADAMW_DEFAULTS))
@@ -32,5 +39,5 @@ export function resolveAdamW(options: AdamWOptions = {}): SessionOptions["optimi
   for (const key of ["epsilon", "weightDecay"] as const)
     if (!(o[key] >= 0 && o[key] < Number.POSITIVE_INFINITY))
       throw invalidArgument("AdamW", "a finite number >= 0", o[key], key);
-  return { kind: "adamw", ...o };
+  return { kind, ...o };
 }

@@ -7,6 +7,7 @@ export type TrainEvent =
   | CheckpointEvent
   | SampleEvent
   | SkipEvent
+  | ProfileEvent
   | WarningEvent
   | DoneEvent;
 
@@ -21,7 +22,15 @@ export interface StartEvent {
   tokensPerStep: number;
   schedule: string;
   device: string;
+  /** What blocks compute in, and why where the user did not say. */
   dtype: string;
+  dtypeReason: string | null;
+  /** What parameters are stored as, and what beside them. */
+  precision: string;
+  masterWeight: string;
+  optimizer: string;
+  /** Where state lives, the order of work, and predicted bytes, for a person. */
+  plan: string;
   resumedFrom: string | null;
 }
 
@@ -38,6 +47,11 @@ export interface StepEvent {
   seconds: number;
   peakDeviceBytes: number;
   peakHostBytes: number;
+  /** Copied in this step to and from the device, and to and from a disk. */
+  bytesToDevice: number;
+  bytesFromDevice: number;
+  bytesLoaded: number;
+  bytesSaved: number;
 }
 
 export interface EvalEvent {
@@ -71,7 +85,20 @@ export interface SkipEvent {
   loss: number;
 }
 
-/** Something was worked around: a damaged checkpoint passed over for an older whole one. */
+/** A step's profile was written. */
+export interface ProfileEvent {
+  event: "profile";
+  step: number;
+  files: string[];
+  /** Of the step: measured, and as the plan had it. */
+  peakDeviceBytes: number;
+  predictedDeviceBytes: number;
+}
+
+/**
+ * Something was worked around or is not as it was: a damaged checkpoint passed over for an older whole one, a plan that
+ * rounds otherwise than the one before a resume, blocks left as they were.
+ */
 export interface WarningEvent {
   event: "warning";
   step: number;

@@ -6,10 +6,11 @@ import { type AdamWOptions, resolveAdamW } from "../optim/adamw.js";
 import { checkSchedule, type LearningRateSchedule, SCHEDULE_KINDS, type ScheduleKind } from "../optim/schedules.js";
 import type { Recompute, Schedule } from "../plan/types.js";
 import type { TrainEvent } from "./events.js";
+import { MEMORY_NAMES, type MemoryOptions, type ResolvedMemory, resolveMemory } from "./memory-options.js";
 import type { ModelSpec } from "./model-source.js";
 import type { SessionOptions } from "./native-session.js";
 
-export interface TrainerOptions {
+export interface TrainerOptions extends MemoryOptions {
   /** A preset's name, `{ config }` of the decoder, or `{ definition, config }` of your own. Required unless resuming. */
   model?: ModelSpec;
   /** What openDataset() takes ("planets", a path), or a Dataset. Required unless resuming. */
@@ -33,7 +34,7 @@ export interface TrainerOptions {
   /** Decoupled weight decay. Default 0.01. */
   weightDecay?: number;
   adamw?: Omit<AdamWOptions, "weightDecay">;
-  /** Global gradient norm to clip to; null: no clipping. Default 1. */
+  /** Gradient norm to clip to (`clip` says whose); null: no clipping. Default 1. */
   maxGradNorm?: number | null;
   /** Of parameters, of data order and of every draw in the model: an integer in [0, 2^53). Default 0. */
   seed?: number;
@@ -59,22 +60,27 @@ export interface TrainerOptions {
   keepLast?: number;
   /**
    * true: from the latest whole checkpoint of outputDir. "auto": the same, or from the start when there is none. Else a
-   * path of a checkpoint or run. Options left out are the saved run's; seed, sequenceLength, dtype, model and data must
-   * be.
+   * path of a checkpoint or run. Options left out are the saved run's; seed, sequenceLength, dtype, precision,
+   * masterWeight, optimizer, model and data must be.
    */
   resume?: boolean | string;
-  /** Default "cpu". */
+  /** sim: a simulated device in host memory, capped at `deviceMemory`: a test instrument. Default "cpu". */
   device?: SessionOptions["device"];
-  /** Of the parameters that blocks compute with. Default "float32". */
+  /** What blocks compute in. Default: as `precision` says, "float32". */
   dtype?: SessionOptions["dtype"];
   /** Threads of the engine; 0: all this process may use. Default 0. */
   threads?: number;
-  /** Order of the work inside a step; the numbers are the same. Default "breadthFirst". */
+  /** Order of the work inside a step; the numbers are the same. Default "breadthFirst"; `plan: "auto"` chooses. */
   order?: Schedule;
-  /** Activation recompute: "all" keeps only block boundaries. Default "none". */
+  /** Activation recompute: "all" keeps only block boundaries. Default "none"; "all" with `offload`. */
   recompute?: Recompute;
   /** A step whose loss is NaN or infinite changes nothing; then end with NON_FINITE, or skip it. Default "stop". */
   nonFinite?: "stop" | "skip";
+  /**
+   * Profiles one step, counted from 1 (true: the second of this run) into `<outputDir>/profile-<step>`: where memory was and
+   * what ran when, beside what the plan predicted. Not kept for a resume.
+   */
+  profileMemory?: boolean | number;
   /** Called at step boundaries with every event; training waits for it. */
   onEvent?: (event: TrainEvent) => void | Promise<void>;
 }
@@ -88,7 +94,9 @@ type Plain = Omit<
 >;
 
 /** Options with every default filled in; all but model and data plain JSON. */
-export interface ResolvedOptions extends Required<Omit<Plain, "steps" | "epochs" | "outputDir">> {
+export interface ResolvedOptions
+  extends Required<Omit<Plain, "steps" | "epochs" | "outputDir" | keyof MemoryOptions | keyof ResolvedMemory>>,
+    ResolvedMemory {
   model: ModelSpec;
   data: string | DatasetOptions | Dataset;
   steps: number | null;
@@ -98,12 +106,16 @@ export interface ResolvedOptions extends Required<Omit<Plain, "steps" | "epochs"
   optimizer: SessionOptions["optimizer"];
 }
 
+/** With what training's begin settles: the dtype that blocks compute in. */
+export type SettledOptions = ResolvedOptions & { dtype: SessionOptions["dtype"] };
+
 const NAMES = [
   ...["model", "data", "steps", "epochs", "batchSize", "microBatchSize", "gradientAccumulationSteps"],
   ...["sequenceLength", "learningRate", "learningRateSchedule", "weightDecay", "adamw", "maxGradNorm", "seed"],
   ...["outputDir", "logEveryNSteps", "saveEveryNSteps", "saveEveryNEpochs", "evalEveryNSteps", "evalMicroBatches"],
   ...["sampleEveryNSteps", "samplePrompts", "sampleTokens", "keepLast", "resume", "device", "dtype", "threads"],
-  ...["order", "recompute", "nonFinite", "onEvent"],
+  ...["order", "recompute", "nonFinite", "profileMemory", "onEvent"],
+  ...MEMORY_NAMES,
 ];
 
 /**
@@ -129,14 +141,12 @@ export function resolveOptions(options: TrainerOptions): ResolvedOptions {
     );
   if (learningRateSchedule !== null && typeof learningRateSchedule === "object" && steps !== null)
     checkSchedule(learningRateSchedule, steps);
-  const maxGradNorm = o.maxGradNorm === undefined ? 1 : o.maxGradNorm;
-  if (maxGradNorm !== null && !(maxGradNorm > 0 && Number.isFinite(maxGradNorm)))
-    throw invalidArgument("trainer", "a positive number or null", maxGradNorm, "maxGradNorm");
   const learningRate = o.learningRate ?? 3e-4;
   if (!(learningRate > 0 && Number.isFinite(learningRate)))
     throw invalidArgument("trainer", "a positive number", learningRate, "learningRate");
   const device = o.device ?? "cpu";
-  if (!/^(?:cpu|cuda:\d+)$/.test(device)) throw invalidArgument("trainer", '"cpu" or "cuda:<n>"', device, "device");
+  if (!/^(?:cpu|sim|cuda:\d+)$/.test(device))
+    throw invalidArgument("trainer", '"cpu", "sim" or "cuda:<n>"', device, "device");
   const sampleEveryNSteps = whole(o.sampleEveryNSteps ?? 0, "sampleEveryNSteps", 0);
   const samplePrompts = o.samplePrompts ?? [];
   if (sampleEveryNSteps > 0 && samplePrompts.length === 0)
@@ -150,8 +160,8 @@ export function resolveOptions(options: TrainerOptions): ResolvedOptions {
     sequenceLength: whole(o.sequenceLength ?? 256, "sequenceLength", 1),
     learningRate,
     learningRateSchedule,
-    optimizer: resolveAdamW({ ...o.adamw, weightDecay: o.weightDecay }),
-    maxGradNorm,
+    optimizer: resolveAdamW({ ...o.adamw, weightDecay: o.weightDecay }, o.optimizer),
+    ...resolveMemory(o),
     seed: whole(o.seed ?? 0, "seed", 0),
     outputDir: o.outputDir ?? null,
     logEveryNSteps: whole(o.logEveryNSteps ?? 1, "logEveryNSteps", 1),
@@ -164,10 +174,9 @@ export function resolveOptions(options: TrainerOptions): ResolvedOptions {
     sampleTokens: whole(o.sampleTokens ?? 64, "sampleTokens", 1),
     keepLast: whole(o.keepLast ?? 3, "keepLast", 1),
     device,
-    dtype: oneOf(o.dtype ?? "float32", ["float32", "float64", "bfloat16"], "dtype"),
     threads: whole(o.threads ?? 0, "threads", 0),
-    order: oneOf(o.order ?? "breadthFirst", ["breadthFirst", "depthFirst"], "order"),
-    recompute: oneOf(o.recompute ?? "none", ["all", "none"], "recompute"),
+    profileMemory:
+      typeof o.profileMemory === "number" ? whole(o.profileMemory, "profileMemory", 1) : (o.profileMemory ?? false),
     nonFinite: oneOf(o.nonFinite ?? "stop", ["stop", "skip"], "nonFinite"),
   };
 }
@@ -219,13 +228,17 @@ export function savedOptions(
   dataSpec: string | DatasetOptions | null,
   modelSpec: unknown,
 ): Record<string, unknown> {
-  const { optimizer, model: _model, data: _data, outputDir: _outputDir, steps, epochs, ...plain } = o;
-  const { kind: _kind, weightDecay, ...adamw } = optimizer;
+  const { optimizer, model: _model, data: _data, outputDir: _outputDir, profileMemory: _profile, ...kept } = o;
+  const { steps, epochs, maxGradNorm, ...rest } = kept;
+  const { kind, weightDecay, ...adamw } = optimizer;
+  const plain = Object.fromEntries(Object.entries(rest).filter(([, value]) => value !== null));
   return {
     format: "stromatolite.trainer",
     version: 1,
     options: {
       ...plain,
+      maxGradNorm,
+      optimizer: kind,
       ...(steps === null ? {} : { steps }),
       ...(epochs === null ? {} : { epochs }),
       learningRateSchedule: o.learningRateSchedule ?? undefined,
@@ -237,7 +250,7 @@ export function savedOptions(
   };
 }
 
-/** Saved options with the given ones over them. A given batch number replaces those it may contradict. */
+/** Saved options with the given ones over them. What is given replaces what of the saved it may contradict. */
 export function mergeOptions(saved: TrainerOptions, given: TrainerOptions): TrainerOptions {
   const defined = Object.fromEntries(
     Object.entries(given).filter(([, value]) => value !== undefined),
@@ -253,8 +266,19 @@ export function mergeOptions(saved: TrainerOptions, given: TrainerOptions): Trai
     delete base.gradientAccumulationSteps;
     if (batchSize !== undefined && gradientAccumulationSteps !== undefined) delete base.microBatchSize;
   }
+  // Where state lives and in which order work is done are one decision: a new one does not inherit half of the old.
+  if (WHERE.some((name) => defined[name] !== undefined))
+    for (const name of [...WHERE, "order", "recompute", "update"] as const) delete base[name];
+  if (defined.clip !== undefined && (defined.clip === "none") !== (base.maxGradNorm === null)) delete base.maxGradNorm;
+  if (defined.maxGradNorm !== undefined && (defined.maxGradNorm === null) !== (base.clip === "none")) delete base.clip;
+  if (defined.precision !== undefined && defined.precision !== base.precision) {
+    delete base.dtype;
+    delete base.masterWeight;
+  }
   return { ...base, ...defined };
 }
+
+const WHERE = ["plan", "offload", "deviceMemory", "hostMemory", "disk", "diskFolder", "device"] as const;
 
 function whole(value: unknown, name: string, least: number): number {
   if (!Number.isSafeInteger(value) || (value as number) < least)

@@ -3,16 +3,19 @@ import type { DatasetOptions } from "../data/index.js";
 import type { Dataset } from "../data/types.js";
 import { StromaError } from "../errors.js";
 import type { BatchInput, Graph } from "../graph/types.js";
-import type { Recompute, Schedule, Tape } from "../plan/types.js";
+import type { ComputeDType } from "./compute-dtype.js";
 import { type ModelSpec, type ResolvedModel, resolveModel } from "./model-source.js";
-import type { Batch, NativeSession, SessionOptions } from "./native-session.js";
+import type { Batch, HostTensor, NativeSession, SessionOptions } from "./native-session.js";
+import type { SettledOptions } from "./options.js";
+import type { TrainingPlan } from "./plan.js";
 
 export interface Parts {
   createSession(options: SessionOptions): Promise<NativeSession>;
   libtorchVersion(): Promise<string>;
   openDataset(spec: string | DatasetOptions): Promise<Dataset>;
   resolveModel(spec: ModelSpec): ResolvedModel;
-  plan(graph: Graph, options: { microBatches: number; schedule: Schedule; recompute: Recompute }): Promise<Tape>;
+  computeDType(device: SessionOptions["device"]): Promise<ComputeDType>;
+  plan(graph: Graph, options: SettledOptions): Promise<TrainingPlan>;
 }
 
 /** Loaded when used: reading options or a checkpoint's facts needs neither libtorch nor data sources. */
@@ -21,16 +24,8 @@ export const realParts: Parts = {
   libtorchVersion: async () => (await import("../native.js")).currentBuild().libtorch.version,
   openDataset: async (spec) => (await import("../data/index.js")).openDataset(spec),
   resolveModel,
-  plan: async (graph, options) => {
-    const [{ planResident }, { checkTape }] = await Promise.all([
-      import("../plan/planner.js"),
-      import("../plan/checker.js"),
-    ]);
-    const tape = planResident(graph, options);
-    // Milliseconds, once a run: no tape is executed that the checker has not proved.
-    checkTape(graph, tape);
-    return tape;
-  },
+  computeDType: async (device) => (await import("./compute-dtype.js")).chooseComputeDType(device),
+  plan: async (graph, options) => (await import("./plan.js")).planTraining(graph, options),
 };
 
 /** The tensors that the graph takes, of those that the data has. @throws DATA naming one that is missing */
@@ -46,4 +41,32 @@ export function pickInputs(inputs: readonly BatchInput[], tensors: Batch, where:
     batch[name] = tensor;
   }
   return batch;
+}
+
+/** Micro-batches, each after the other along their rows: one of the device's of several of the user's. */
+export function joinBatches(batches: readonly Batch[]): Batch {
+  const [first] = batches;
+  if (batches.length === 1) return first!;
+  return Object.fromEntries(
+    Object.keys(first!).map((name) => [
+      name,
+      joinRows(
+        batches.map((b) => b[name]!),
+        name,
+      ),
+    ]),
+  );
+}
+
+function joinRows(tensors: readonly HostTensor[], name: string): HostTensor {
+  const [{ dtype, shape }] = tensors as [HostTensor];
+  const row = shape.slice(1).join();
+  const other = tensors.find((t) => t.shape.slice(1).join() !== row);
+  if (shape.length === 0 || other !== undefined)
+    throw new StromaError(
+      "DATA",
+      `[trainer] micro-batches of "${name}" cannot be joined along their rows: [${shape.join(", ")}] and [${(other?.shape ?? shape).join(", ")}]`,
+    );
+  const data = Buffer.concat(tensors.map((t) => new Uint8Array(t.data.buffer, t.data.byteOffset, t.data.byteLength)));
+  return { dtype, shape: [tensors.reduce((n, t) => n + t.shape[0]!, 0), ...shape.slice(1)], data };
 }

@@ -1,11 +1,14 @@
-/** Saves behind the training: a copy at a step boundary, the writing while the next steps run, one at a time. */
+/**
+ * Saves behind the training: a copy at a step boundary, the writing while the next steps run, one at a time. Where memory
+ * does not hold the state twice there is no copy, and the next step waits.
+ */
 
 import type { CheckpointStore } from "../checkpoint/store.js";
 import { type CheckpointContents, writeCheckpoint } from "../checkpoint/write.js";
 import type { DataPosition } from "../data/types.js";
 import type { CheckpointEvent } from "./events.js";
 import type { StateKind } from "./native-session.js";
-import { type ResolvedOptions, savedOptions } from "./options.js";
+import { type SettledOptions, savedOptions } from "./options.js";
 import type { TrainingSession } from "./training-session.js";
 
 export class Saver {
@@ -15,13 +18,13 @@ export class Saver {
 
   constructor(
     private readonly open: TrainingSession,
-    private readonly options: ResolvedOptions,
+    private readonly options: SettledOptions,
     private readonly store: CheckpointStore,
     /** What must be on the disk before a checkpoint of that step exists. */
     private readonly beforePublish: () => Promise<void>,
   ) {}
 
-  /** Takes the copy; the write goes on after the promise resolves. Call settled() before. */
+  /** Takes the copy; the write goes on after the promise resolves, where there is one. Call settled() before. */
   async begin(at: { step: number; tokens: number; position: DataPosition | null }): Promise<void> {
     const { open, options } = this;
     const { session, model, dataset } = open;
@@ -44,6 +47,9 @@ export class Saver {
         tokens: at.tokens,
         model: model.name,
         dtype: options.dtype,
+        storage: options.precision,
+        masterWeight: options.masterWeight,
+        plan: open.plan.facts,
         optimizer: options.optimizer,
         data: {
           name: dataset.name,
@@ -65,6 +71,8 @@ export class Saver {
         this.#failure = { error };
       },
     );
+    // The state is there once: no step may change it before it is written.
+    if (!snapshot.copied) await this.#inFlight;
   }
 
   /** Saves that ended since the last call. @throws what a save failed with */

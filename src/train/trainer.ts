@@ -12,20 +12,23 @@ import type { BatchStream, DataBatch, Dataset } from "../data/types.js";
 import { StromaError } from "../errors.js";
 import { type GenerateOptions, generateMany, generateText, streamText } from "../generate/generate.js";
 import { learningRateAt } from "../optim/schedules.js";
+import type { Tape } from "../plan/types.js";
 import { type EvaluateOptions, type EvaluateResult, evaluateSession } from "./evaluate.js";
 import { EventQueue } from "./event-queue.js";
 import type { CheckpointEvent, TrainEvent } from "./events.js";
 import { renderLossSvg, thinEvents } from "./loss-svg.js";
 import { MetricsFile, readMetrics } from "./metrics.js";
+import type { StepResult } from "./native-session.js";
 import {
   MOST_SKIPS,
   mergeOptions,
   type ResolvedOptions,
   resolveOptions,
   resolveSchedule,
+  type SettledOptions,
   type TrainerOptions,
 } from "./options.js";
-import { type Parts, pickInputs, realParts } from "./parts.js";
+import { joinBatches, type Parts, pickInputs, realParts } from "./parts.js";
 import { Saver } from "./saver.js";
 import { openTrainingSession, type TrainingSession } from "./training-session.js";
 
@@ -144,7 +147,7 @@ export class Trainer implements AsyncDisposable {
     const saved = resumed === null ? {} : await readSavedOptions(resumed);
     const { resume: _resume, ...given } = this.#given;
     this.#options ??= resolveOptions(mergeOptions(saved, given));
-    const options = this.#options;
+    const { options, reason } = await this.#settle(this.#options);
     const model = this.#parts.resolveModel(options.model);
     const outputDir = resolve(options.outputDir ?? (resumed === null ? join("runs", model.name) : runOf(resumed)));
     this.#outputDir = outputDir;
@@ -155,9 +158,9 @@ export class Trainer implements AsyncDisposable {
       await store.prepare();
       if (resumed === null) await refuseToMix(store);
       const dataset = isDataset(options.data) ? options.data : await this.#parts.openDataset(options.data);
-      const open = await openTrainingSession(options, model, dataset, resumed, this.#parts);
+      const open = await openTrainingSession(options, outputDir, model, dataset, resumed, this.#parts);
       this.#open = open;
-      const run = new Run(open, options, store, outputDir, resumed, queue, this.#given.onEvent);
+      const run = new Run(open, options, reason, store, outputDir, resumed, queue, this.#given.onEvent);
       try {
         await run.all(() => this.#stopping);
       } finally {
@@ -166,6 +169,14 @@ export class Trainer implements AsyncDisposable {
     } finally {
       await unlock();
     }
+  }
+
+  /** The dtype that blocks compute in, where the options leave it to the machine, and why. */
+  async #settle(options: ResolvedOptions): Promise<{ options: SettledOptions; reason: string | null }> {
+    const { dtype } = options;
+    if (dtype !== null) return { options: { ...options, dtype }, reason: null };
+    const chosen = await this.#parts.computeDType(options.device);
+    return { options: { ...options, dtype: chosen.dtype }, reason: chosen.why };
   }
 
   async #findResume(): Promise<(Checkpoint & { skipped: StromaError[] }) | null> {
@@ -196,6 +207,7 @@ class Run {
   #skips = 0;
   #loss: number | null = null;
   #evaluated: number | null = null;
+  #profiled: number | null = null;
   /** The last step, where its number is not one that is shown: the end shows it. */
   #hidden: TrainEvent | null = null;
   #lastSaved: { step: number; path: string } | null = null;
@@ -208,7 +220,8 @@ class Run {
 
   constructor(
     private readonly open: TrainingSession,
-    private readonly options: ResolvedOptions,
+    private readonly options: SettledOptions,
+    private readonly dtypeReason: string | null,
     store: CheckpointStore,
     private readonly outputDir: string,
     private readonly resumed: (Checkpoint & { skipped: StromaError[] }) | null,
@@ -238,6 +251,7 @@ class Run {
     });
     const steps = options.steps ?? (await this.#stepsOfEpochs());
     const schedule = resolveSchedule(options.learningRateSchedule, steps);
+    this.#profiled = this.#profiledStep(steps);
     await this.#emit({
       event: "start",
       model: open.model.name,
@@ -246,13 +260,19 @@ class Run {
       step: this.#step,
       steps,
       tokensPerStep: options.batchSize * options.sequenceLength,
-      schedule: options.order,
+      schedule: open.plan.facts.order,
       device: options.device,
       dtype: options.dtype,
+      dtypeReason: this.dtypeReason,
+      precision: options.precision,
+      masterWeight: options.masterWeight,
+      optimizer: options.optimizer.kind,
+      plan: open.plan.summary,
       resumedFrom: this.resumed?.path ?? null,
     });
-    for (const { code, message } of this.resumed?.skipped ?? [])
-      await this.#emit({ event: "warning", step: this.#step, code, message: `passed over: ${message}` });
+    for (const { code, message } of this.resumed?.skipped ?? []) await this.#warn(code, `passed over: ${message}`);
+    if (open.planDiffers.length > 0)
+      await this.#warn("PLAN", `this plan rounds otherwise than the one before: ${open.planDiffers.join("; ")}`);
 
     const last = (): boolean => options.steps !== null && this.#step >= options.steps;
     let next = last() || stopping() ? null : this.#gather();
@@ -297,10 +317,18 @@ class Run {
 
   async #take(batches: DataBatch[], learningRate: number, isLast: boolean): Promise<void> {
     const { options, open } = this;
-    const tape = await open.tape(batches.length);
+    const { fused } = open.plan.facts;
+    const picked = batches.map((b) => pickInputs(open.graph.inputs, b.tensors, "trainer"));
+    const microBatches = Array.from({ length: Math.ceil(picked.length / fused) }, (_, i) =>
+      joinBatches(picked.slice(i * fused, (i + 1) * fused)),
+    );
+    const { step: tape, flush } = open.plan.tapes(microBatches.length);
+    const profile = this.#profiled === this.#step + 1;
     const result = await open.session.step({
       tape,
-      microBatches: batches.map((b) => pickInputs(open.graph.inputs, b.tensors, "trainer")),
+      profile,
+      ...(flush === null ? {} : { flush }),
+      microBatches,
       step: this.#step,
       seed: options.seed,
       learningRate,
@@ -311,7 +339,7 @@ class Run {
     if (result.nonFinite !== null) {
       const { microBatch, loss } = result.nonFinite;
       if (options.nonFinite === "stop" || ++this.#skips > MOST_SKIPS)
-        throw nonFinite(at, microBatch, batches.length, loss, this.#skips);
+        throw nonFinite(at, microBatch, microBatches.length, loss, this.#skips);
       this.#position = batches.at(-1)!.position;
       await this.#emit({ event: "skip", step: at, microBatch, loss });
     } else {
@@ -334,10 +362,19 @@ class Run {
         seconds,
         peakDeviceBytes: result.peakDeviceBytes,
         peakHostBytes: result.peakHostBytes,
+        bytesToDevice: result.bytesToDevice,
+        bytesFromDevice: result.bytesFromDevice,
+        bytesLoaded: result.bytesLoaded,
+        bytesSaved: result.bytesSaved,
       };
       this.#metrics!.append(event);
       if (at === 1 || at % options.logEveryNSteps === 0) await this.#show(event);
       else this.#hidden = event;
+    }
+    if (profile && result.nonFinite === null) await this.#writeProfile(tape, result);
+    if (result.skippedBlocks.length > 0) {
+      const names = result.skippedBlocks.map((b) => open.plan.graph.blocks[b]!.name).join(", ");
+      await this.#warn("NON_FINITE", `step ${at} left blocks as they were whose gradient was not finite: ${names}`);
     }
     this.#metrics!.check();
     await this.#atBoundary(at, isLast);
@@ -408,6 +445,40 @@ class Run {
     await replaceFile(join(this.outputDir, "loss.svg"), renderLossSvg(events));
     await this.#emit({ event: "done", step: this.#step, reason, loss: this.#loss, seconds, checkpoint });
     await this.#metrics!.flush();
+  }
+
+  /** The step that profileMemory asks for. */
+  #profiledStep(steps: number): number | null {
+    const { profileMemory } = this.options;
+    if (profileMemory === false) return null;
+    const step = profileMemory === true ? Math.min(this.#step + 2, steps) : profileMemory;
+    if (step <= this.#step || step > steps)
+      throw new StromaError(
+        "CONFIG",
+        `[trainer] profileMemory ${step} is not among the steps ${this.#step + 1} to ${steps} that this run takes`,
+      );
+    return step;
+  }
+
+  async #writeProfile(tape: Tape, result: StepResult): Promise<void> {
+    const { graph, predict } = this.open.plan;
+    const { writeProfile } = await import("../profile/index.js");
+    const predicted = predict(tape);
+    const { device, deviceMemory: capBytes, microBatchSize: B, sequenceLength: T } = this.options;
+    const input = { graph, tape, profile: result.profile!, result, predicted, capBytes, dims: { B, T }, device };
+    const files = await writeProfile(join(this.outputDir, `profile-${this.#step}`), input);
+    await this.#emit({
+      event: "profile",
+      step: this.#step,
+      files,
+      peakDeviceBytes: result.peakDeviceBytes,
+      predictedDeviceBytes: predicted.peaks.deviceBytes,
+    });
+    this.#boundary = performance.now();
+  }
+
+  #warn(code: string, message: string): Promise<void> {
+    return this.#emit({ event: "warning", step: this.#step, code, message });
   }
 
   async #emit(event: TrainEvent): Promise<void> {

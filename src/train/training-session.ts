@@ -6,13 +6,13 @@ import { StromaError } from "../errors.js";
 import { GENERATE, type TextModel } from "../generate/generate.js";
 import { graphHash } from "../graph/hash.js";
 import type { Graph } from "../graph/types.js";
-import type { Tape } from "../plan/types.js";
 import { EVAL } from "./evaluate.js";
 import { gate, type Runner } from "./gate.js";
 import type { ResolvedModel } from "./model-source.js";
-import type { NativeSession } from "./native-session.js";
-import type { ResolvedOptions } from "./options.js";
+import type { NativeSession, SessionOptions } from "./native-session.js";
+import type { SettledOptions } from "./options.js";
 import type { Parts } from "./parts.js";
+import { planDifferences, type TrainingPlan } from "./plan.js";
 
 export interface TrainingSession {
   session: NativeSession;
@@ -20,12 +20,14 @@ export interface TrainingSession {
   requests: Runner;
   model: ResolvedModel;
   dataset: Dataset;
+  /** The user's; the engine may train the same model in larger blocks (plan.graph). */
   graph: Graph;
+  plan: TrainingPlan;
+  /** How this plan rounds otherwise than the one that a resumed run was saved under; none: to the bit. */
+  planDiffers: string[];
   evalGraph: Graph;
   generateGraph: Graph;
   versions: { stromatolite: string; libtorch: string; node: string };
-  /** The step's schedule for so many micro-batches; planned once for each number. */
-  tape(microBatches: number): Promise<Tape>;
   textModel(): TextModel;
 }
 
@@ -34,7 +36,8 @@ export interface TrainingSession {
  * and the engine throw
  */
 export async function openTrainingSession(
-  options: ResolvedOptions,
+  options: SettledOptions,
+  outputDir: string,
   model: ResolvedModel,
   dataset: Dataset,
   resumed: Checkpoint | null,
@@ -44,10 +47,10 @@ export async function openTrainingSession(
   const evalGraph = model.graph("eval", options.dtype);
   const generateGraph = model.graph("generate", options.dtype);
   if (resumed !== null) await checkSame(resumed, graph, dataset, options);
-  const { device, dtype, threads, optimizer } = options;
-  const session = await parts.createSession({ device, dtype, threads, optimizer });
+  const plan = await parts.plan(graph, options);
+  const session = await parts.createSession(sessionOptions(options, outputDir));
   try {
-    await session.load(graph);
+    await session.load(plan.graph, plan.placement);
     if (resumed === null) await session.initialize(options.seed);
     else await restoreSession(session, resumed, { optimizer: true });
     await session.attach(EVAL, evalGraph);
@@ -58,24 +61,18 @@ export async function openTrainingSession(
       node: process.versions.node,
     };
     const requests = gate(session);
-    const tapes = new Map<number, Tape>();
+    const then = resumed?.state.plan ?? null;
     return {
       session,
       requests,
       model,
       dataset,
       graph,
+      plan,
+      planDiffers: then === null ? [] : planDifferences(then, plan.facts),
       evalGraph,
       generateGraph,
       versions,
-      async tape(microBatches) {
-        const known = tapes.get(microBatches);
-        if (known !== undefined) return known;
-        const { order: schedule, recompute } = options;
-        const tape = await parts.plan(graph, { microBatches, schedule, recompute });
-        tapes.set(microBatches, tape);
-        return tape;
-      },
       textModel: () => ({
         session: requests,
         graph: generateGraph,
@@ -89,6 +86,15 @@ export async function openTrainingSession(
   }
 }
 
+function sessionOptions(options: SettledOptions, outputDir: string): SessionOptions {
+  const { device, dtype, precision: storage, masterWeight, threads, optimizer, deviceMemory: memoryBytes } = options;
+  return {
+    ...{ device, dtype, storage, masterWeight, threads, optimizer },
+    diskFolder: options.diskFolder ?? outputDir,
+    ...(device === "sim" ? { sim: { memoryBytes, hostToDevice: null, deviceToHost: null, adversary: null } } : {}),
+  };
+}
+
 /** Rows longer than the model's positions were never trained. */
 export function contextLength(graph: Graph): number | null {
   const most = (graph.config as { maxPositions?: unknown } | null)?.maxPositions;
@@ -96,7 +102,7 @@ export function contextLength(graph: Graph): number | null {
 }
 
 /** What must be as it was for the run to go on to the bit. */
-async function checkSame(resumed: Checkpoint, graph: Graph, dataset: Dataset, options: ResolvedOptions): Promise<void> {
+async function checkSame(resumed: Checkpoint, graph: Graph, dataset: Dataset, options: SettledOptions): Promise<void> {
   const { state } = resumed;
   const saved = await readGraph(resumed);
   const differs: string[] = [];
@@ -116,6 +122,9 @@ async function checkSame(resumed: Checkpoint, graph: Graph, dataset: Dataset, op
   same("seed", state.rng.seed, options.seed);
   same("sequenceLength", state.data.sequenceLength, options.sequenceLength);
   same("dtype", state.dtype, options.dtype);
+  same("precision", state.storage, options.precision);
+  same("masterWeight", state.masterWeight, options.masterWeight);
+  same("optimizer", state.optimizer.kind, options.optimizer.kind);
   for (const key of ["beta1", "beta2", "epsilon"] as const) same(key, state.optimizer[key], options.optimizer[key]);
   if (differs.length > 0)
     throw new StromaError(

@@ -74,6 +74,27 @@ describe.skipIf(native === null)("exact resume", () => {
       { recompute: "all", model: { config: { ...SIZES, documentMask: true, dropout: 0.2 } } },
       4,
     ],
+    [
+      "8-bit moments, bfloat16 rounded stochastically, updates on forward, state in host memory beside a simulated card",
+      {
+        ...{ device: "sim", offload: "host", deviceMemory: "4MB", update: "forward", dtype: "float32" },
+        ...{ optimizer: "adamw8bit", precision: "bfloat16", masterWeight: "none" },
+      },
+      3,
+    ],
+    [
+      "split16 masters on disk, clipped by block, at the end of the data",
+      {
+        ...{ offload: "disk", clip: "block", dtype: "float32", precision: "bfloat16", masterWeight: "split16" },
+        ...{ steps: undefined, epochs: 1, data: { source: "planets", count: 64, workers: 0 } },
+      },
+      2,
+    ],
+    [
+      "a plan chosen for a budget",
+      { device: "sim", deviceMemory: "2MB", optimizer: "adamw8bit", saveEveryNSteps: 1, keepLast: 2 },
+      4,
+    ],
   ])("%s", async (name, extra, after) => {
     const whole = join(root, `${name} whole`);
     const parts = join(root, `${name} parts`);

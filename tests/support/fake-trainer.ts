@@ -1,5 +1,6 @@
 /** Trainers over the fake session and the letters: for the loop's laws, in milliseconds. */
 import { join } from "node:path";
+import type { Tape } from "../../src/plan/types.js";
 import type { TrainEvent } from "../../src/train/events.js";
 import type { NativeSession } from "../../src/train/native-session.js";
 import type { TrainerOptions } from "../../src/train/options.js";
@@ -29,22 +30,40 @@ export function fakeParts(faults: FakeFaults = {}, vocabulary = LETTERS.length):
       graph: (mode) => bigramGraph(vocabulary, mode),
       huggingFaceConfig: { model_type: "bigram" },
     }),
-    plan: async (_graph, { microBatches, schedule, recompute }) => ({
-      format: "stromatolite.tape",
-      version: 2,
-      kind: "step",
-      schedule,
-      recompute,
-      update: "end",
-      clip: "global",
-      state: { storage: "float32", masterWeight: "none", optimizer: "adamw" },
-      microBatches,
-      dims: null,
-      placement: { arenas: { deviceBytes: 0, hostBytes: 0, diskBytes: 0 }, homes: [] },
-      slots: 0,
-      places: [],
-      instructions: [],
-    }),
+    computeDType: async () => ({ dtype: "float32", why: "nothing is computed here" }),
+    plan: async (graph, o) => {
+      const placement = { arenas: { deviceBytes: 0, hostBytes: 0, diskBytes: 0 }, homes: [] };
+      const tape = (microBatches: number): Tape => ({
+        format: "stromatolite.tape",
+        version: 2,
+        kind: "step",
+        schedule: o.order ?? "breadthFirst",
+        recompute: "none",
+        update: "end",
+        clip: o.clip,
+        state: { storage: "float32", masterWeight: "none", optimizer: "adamw" },
+        microBatches,
+        dims: null,
+        placement,
+        slots: 0,
+        places: [],
+        instructions: [],
+      });
+      return {
+        graph,
+        placement,
+        facts: {
+          ...{ tapeHash: "0", order: "breadthFirst", recompute: "none", update: "end", clip: o.clip },
+          ...{ fused: 1, blocksMerged: 1, retainedDType: null },
+        },
+        summary: "a fake",
+        predicted: null,
+        predict: () => {
+          throw new Error("nothing is predicted here");
+        },
+        tapes: (microBatches) => ({ step: tape(microBatches), flush: null }),
+      };
+    },
   };
 }
 

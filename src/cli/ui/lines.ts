@@ -1,9 +1,20 @@
 /** The sentences of a run, one an event: what a log holds, and what stays above the live view. */
 import type { Colors } from "picocolors/types.js";
-import type { TrainEvent } from "../../train/events.js";
+import type { StartEvent, TrainEvent } from "../../train/events.js";
 import { formatBytes, formatCount, formatDuration, formatLoss, formatRate, printable, truncate } from "./format.js";
 import { sparkline } from "./plot.js";
 import { type RunState, secondsLeft } from "./state.js";
+
+/** What is not the plain case of float32 and AdamW. */
+function formatsOf({ dtype, dtypeReason, precision, masterWeight, optimizer }: StartEvent): string[] {
+  const why = dtypeReason === null ? "" : ` (${dtypeReason})`;
+  const stored = precision === dtype ? dtype : `${precision} parameters, computing in ${dtype}`;
+  return [
+    `${stored}${why}`,
+    ...(precision === "bfloat16" ? [`master weights: ${masterWeight}`] : []),
+    ...(optimizer === "adamw" ? [] : ["8-bit AdamW"]),
+  ];
+}
 
 /** One line for an event that has been folded into `state`; null for those that say nothing by themselves. */
 export function describeEvent(event: TrainEvent, state: RunState, c: Colors, width: number): string | null {
@@ -14,7 +25,8 @@ export function describeEvent(event: TrainEvent, state: RunState, c: Colors, wid
       return (
         `${c.bold(event.model)}, ${formatCount(event.parameters)} parameters, on ${c.bold(event.data)}: ` +
         `steps ${event.step + 1} to ${event.steps}, ${formatCount(event.tokensPerStep)} tokens each ` +
-        c.dim(`(${event.schedule}, ${event.device}, ${event.dtype})`) +
+        c.dim(`(${[event.schedule, event.device, ...formatsOf(event)].join(", ")})`) +
+        c.dim(`\nplan: ${event.plan}`) +
         from
       );
     }
@@ -47,6 +59,11 @@ export function describeEvent(event: TrainEvent, state: RunState, c: Colors, wid
     }
     case "skip":
       return `${at(event.step)}  ${c.yellow("skipped")}: loss ${formatLoss(event.loss)} in micro-batch ${event.microBatch}; no parameter was changed`;
+    case "profile":
+      return (
+        `${at(event.step)}  ${c.cyan("profile")} device peak ${formatBytes(event.peakDeviceBytes)}, ` +
+        `planned ${formatBytes(event.predictedDeviceBytes)}: ${event.files.join(", ")}`
+      );
     case "warning":
       return `${c.yellow("warning")} ${event.message} (${event.code})`;
     case "done": {

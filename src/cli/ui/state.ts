@@ -74,6 +74,7 @@ export function fold(state: RunState, event: TrainEvent, nowMs: number): void {
     case "skip":
       state.skipped++;
       break;
+    case "profile":
     case "warning":
       break;
     case "done":

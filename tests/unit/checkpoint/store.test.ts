@@ -116,7 +116,7 @@ describe("a checkpoint folder", () => {
   test("of a newer version or another format is refused as such", async () => {
     await threeSaves();
     const { sha256: _, ...state } = JSON.parse(await readFile(at(6, "state.json"), "utf8"));
-    expect(() => decodeState({ ...state, version: 2 }, "x")).toThrow("version 2; this release reads 1");
+    expect(() => decodeState({ ...state, version: 3 }, "x")).toThrow("version 3; this release reads 1, 2");
     expect(() => decodeState({ ...state, format: "other" }, "x")).toThrow("stromatolite.checkpoint");
     const bad = JSON.parse(encodeState({ ...state, step: -1 }));
     expect(() => decodeState(bad, "x")).toThrow('"step"');
@@ -215,6 +215,20 @@ test("a save of a step that is there already replaces it, and the older run's sa
   expect(await readlink(join(folder, "latest"))).toBe("step-000004");
 });
 
+test("a checkpoint of version 1 still opens and trains on", async () => {
+  await threeSaves();
+  const file = at(6, "state.json");
+  const { sha256: _, storage, masterWeight, plan, ...old } = JSON.parse(await readFile(file, "utf8"));
+  expect([storage, masterWeight, typeof plan.tapeHash]).toEqual(["float32", "none", "string"]);
+  await writeFile(file, encodeState({ ...old, version: 1 }));
+  const { state } = await openCheckpoint(outputDir);
+  expect(state).toMatchObject({ version: 2, step: 6, storage: "float32", masterWeight: "none", plan: null });
+  const events = await train({ resume: true, outputDir, steps: 8 }, fakeParts());
+  expect(only(events, "start")[0]).toMatchObject({ step: 6 });
+  await writeFile(file, encodeState({ ...old, version: 2 }));
+  await expect(verifyCheckpoint(at(6))).rejects.toThrow('"storage" is missing');
+});
+
 test("what must be on the disk first is awaited before the checkpoint has its name", async () => {
   const session = new FakeSession({ device: "cpu", dtype: "float32", threads: 1, optimizer: resolveAdamW() });
   const graph = bigramGraph(4);
@@ -236,6 +250,9 @@ test("what must be on the disk first is awaited before the checkpoint has its na
         tokens: 0,
         model: "bigram",
         dtype: "float32" as const,
+        storage: "float32" as const,
+        masterWeight: "none" as const,
+        plan: null,
         optimizer: resolveAdamW(),
       },
       data: { name: "d", fingerprint: "f", sequenceLength: 1, microBatchSize: 1, position: null },

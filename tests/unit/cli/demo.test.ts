@@ -67,7 +67,7 @@ describe("the folder of a demonstration", () => {
     mkdirSync(path, { recursive: true });
     const state: CheckpointState = {
       format: "stromatolite.checkpoint",
-      version: 1,
+      version: 2,
       sequence: 1,
       step,
       optimizerStep: step,
@@ -75,6 +75,9 @@ describe("the folder of a demonstration", () => {
       model: "decoder",
       graphHash: "x",
       dtype: "float32",
+      storage: "float32",
+      masterWeight: "none",
+      plan: null,
       optimizer: { kind: "adamw", beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weightDecay: 0.01 },
       data: { name: "planets", fingerprint: "x", sequenceLength: 226, microBatchSize: 16, position: null },
       rng: { generator: "philox4x32-10", seed: 0, step },

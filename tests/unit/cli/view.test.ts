@@ -27,6 +27,11 @@ const start: StartEvent = {
   schedule: "breadthFirst",
   device: "cpu",
   dtype: "float32",
+  dtypeReason: null,
+  precision: "float32",
+  masterWeight: "none",
+  optimizer: "adamw",
+  plan: "all on the device",
   resumedFrom: null,
 };
 const step = (n: number, more: Partial<StepEvent> = {}): StepEvent => ({
@@ -41,6 +46,10 @@ const step = (n: number, more: Partial<StepEvent> = {}): StepEvent => ({
   seconds: 0.5,
   peakDeviceBytes: 0,
   peakHostBytes: 64 << 20,
+  bytesToDevice: 0,
+  bytesFromDevice: 0,
+  bytesLoaded: 0,
+  bytesSaved: 0,
   ...more,
 });
 

@@ -109,6 +109,10 @@ describe("the picture of the loss", () => {
     seconds: 1,
     peakDeviceBytes: 0,
     peakHostBytes: 0,
+    bytesToDevice: 0,
+    bytesFromDevice: 0,
+    bytesLoaded: 0,
+    bytesSaved: 0,
   });
   const points = (svg: string): number[][] =>
     /<polyline points="([^"]*)"/
@@ -176,6 +180,11 @@ describe("the picture of the loss", () => {
         schedule: "breadthFirst",
         device: "cpu",
         dtype: "float32",
+        dtypeReason: null,
+        precision: "float32",
+        masterWeight: "none",
+        optimizer: "adamw",
+        plan: "all on the device",
         resumedFrom: null,
       },
     ]);

@@ -1,5 +1,12 @@
 import { describe, expect, test } from "vitest";
-import { mergeOptions, resolveBatch, resolveOptions, resolveSchedule } from "../../../src/train/options.js";
+import {
+  mergeOptions,
+  resolveBatch,
+  resolveOptions,
+  resolveSchedule,
+  savedOptions,
+  type TrainerOptions,
+} from "../../../src/train/options.js";
 
 const base = { model: "tiny", data: "planets" };
 
@@ -88,5 +95,73 @@ describe("saved options under given ones", () => {
       microBatchSize: 3,
     });
     expect(mergeOptions(saved, { epochs: 2 }).steps).toBeUndefined();
+  });
+});
+
+describe("how state is stored and where it lives", () => {
+  test.each<[given: object, why: string]>([
+    [{ precision: "float32", dtype: "bfloat16" }, "precision float32 does not go with dtype bfloat16"],
+    [{ precision: "bfloat16", dtype: "float64" }, "does not go with dtype float64"],
+    [{ masterWeight: "split16" }, "stored in bfloat16, not float32"],
+    [{ clip: "none", maxGradNorm: 2 }, "leave one out"],
+    [{ clip: "block", maxGradNorm: null }, "without a maxGradNorm"],
+    [{ update: "backward" }, "before the norm of all gradients"],
+    [{ plan: "resident", offload: "disk" }, "leave one out"],
+    [{ plan: "auto", offload: "disk" }, "leave one out"],
+    [{ offload: "host" }, "on device cpu that is the host's"],
+    [{ hostMemory: "4GB", plan: "auto" }, "one memory"],
+    [{ device: "sim", hostMemory: "4GB", plan: "resident" }, "offload none keeps everything there"],
+    [{ disk: "4GB", plan: "resident" }, "keeps nothing on one"],
+    [{ diskFolder: "/tmp" }, "nothing goes to disk"],
+    [{ plan: "auto", order: "depthFirst" }, "plan auto chooses it"],
+    [{ plan: "auto", update: "end" }, "plan auto chooses it"],
+    [{ deviceMemory: "1GB", recompute: "none" }, "plan auto chooses it"],
+    [{ offload: "disk", recompute: "none" }, "takes them away between passes"],
+    [{ deviceMemory: "much" }, "deviceMemory to be a size"],
+    [{ deviceMemory: 0 }, "a size above 0"],
+    [{ optimizer: "lion" }, "one of adamw, adamw8bit"],
+    [{ offload: "gpu" }, "one of none, host, disk, auto"],
+  ])("%j is refused", (given, why) => {
+    expect(() => resolveOptions({ ...base, ...given } as never)).toThrow(why);
+  });
+
+  test.each<[given: object, resolved: object]>([
+    [{}, { plan: "resident", offload: "none", update: "end", clip: "global", precision: "float32", dtype: "float32" }],
+    [{ dtype: "bfloat16" }, { precision: "bfloat16", dtype: "bfloat16", masterWeight: "float32" }],
+    [{ precision: "bfloat16" }, { dtype: null, masterWeight: "float32" }],
+    [
+      { precision: "bfloat16", dtype: "float32", masterWeight: "none" },
+      { dtype: "float32", masterWeight: "none" },
+    ],
+    [{ precision: "float64" }, { dtype: "float64", masterWeight: "none" }],
+    [{ maxGradNorm: null }, { clip: "none", maxGradNorm: null }],
+    [{ clip: "none" }, { clip: "none", maxGradNorm: null }],
+    [{ deviceMemory: "8GiB" }, { plan: "auto", offload: "auto", deviceMemory: 2 ** 33, order: null, update: null }],
+    [
+      { plan: "resident", deviceMemory: "8GiB" },
+      { plan: "resident", offload: "none", deviceMemory: 2 ** 33 },
+    ],
+    [{ offload: "disk" }, { plan: null, update: "forward", recompute: "all", order: "breadthFirst" }],
+    [{ offload: "disk", clip: "block" }, { update: "backward" }],
+    [
+      { offload: "none", plan: "auto", recompute: "all" },
+      { plan: "auto", offload: "none", recompute: "all" },
+    ],
+  ])("%j means %j", (given, resolved) => {
+    expect(resolveOptions({ ...base, ...given } as never)).toMatchObject(resolved);
+  });
+
+  test("what is saved gives the same options again; another place does not inherit half of the old plan", () => {
+    for (const given of [{}, { offload: "disk", clip: "block" }, { deviceMemory: "8GB", precision: "bfloat16" }]) {
+      const resolved = resolveOptions({ ...base, ...given } as never);
+      const { options } = savedOptions(resolved, "planets", "tiny") as { options: TrainerOptions };
+      expect(resolveOptions(JSON.parse(JSON.stringify(options)))).toEqual(resolved);
+    }
+    const { options } = savedOptions(resolveOptions(base), "planets", "tiny") as { options: TrainerOptions };
+    expect(resolveOptions(mergeOptions(options, { offload: "disk" }))).toMatchObject({ recompute: "all", plan: null });
+    expect(resolveOptions(mergeOptions(options, { maxGradNorm: null }))).toMatchObject({ clip: "none" });
+    expect(resolveOptions(mergeOptions({ ...options, maxGradNorm: 3 }, { clip: "none" }))).toMatchObject({
+      maxGradNorm: null,
+    });
   });
 });

@@ -1,0 +1,271 @@
+/** From a graph and the options of a run to the tapes of its steps: planned, placed and proved before one is executed. */
+import { createHash } from "node:crypto";
+import { totalmem } from "node:os";
+import { StromaError } from "../errors.js";
+import { canonicalJson } from "../graph/hash.js";
+import type { Graph } from "../graph/types.js";
+import { probeMachine } from "../native.js";
+import { type AutoPlan, planAuto } from "../plan/auto.js";
+import { type Budget, showSize } from "../plan/budget.js";
+import { checkTape } from "../plan/checker.js";
+import { readMeasured } from "../plan/measured.js";
+import { residentPolicy } from "../plan/planner.js";
+import { findProfile } from "../plan/profiles.js";
+import { type TapePeaks, tapePeaks } from "../plan/simulate.js";
+import type { Placement, RetainedDType, StateFormat, Tape } from "../plan/types.js";
+import { type Policy, writeTape } from "../plan/write-tape.js";
+import { type Prediction, predictStep } from "../profile/document.js";
+import type { SettledOptions } from "./options.js";
+
+export interface StepTapes {
+  step: Tape;
+  /** With update "forward": carries out what the step left pending. */
+  flush: Tape | null;
+}
+
+/** What of a plan a checkpoint remembers. */
+export interface PlanFacts {
+  /** SHA-256 of the tape of a whole step. */
+  tapeHash: string;
+  order: Tape["schedule"];
+  recompute: Tape["recompute"];
+  update: Tape["update"];
+  clip: Tape["clip"];
+  /** The user's micro-batches in one of the device's. */
+  fused: number;
+  /** The model's blocks in one of the plan's. */
+  blocksMerged: number;
+  /** null: no gradient is kept for the next step. */
+  retainedDType: RetainedDType | null;
+}
+
+export interface TrainingPlan {
+  /** What the session loads: the graph given, or the same model in larger blocks. */
+  graph: Graph;
+  placement: Placement;
+  facts: PlanFacts;
+  /** One line for a person. */
+  summary: string;
+  /** null where the model has dims that the options do not tell. */
+  predicted: Prediction | null;
+  /** Of a step that took `tape`. Throws CONFIG where `predicted` is null. */
+  predict(tape: Tape): Prediction;
+  /** For so many of the device's micro-batches, proved; each number is planned once. Throws TAPE. */
+  tapes(microBatches: number): StepTapes;
+}
+
+export const stateFormat = (o: SettledOptions): StateFormat => ({
+  storage: o.precision,
+  masterWeight: o.masterWeight,
+  optimizer: o.optimizer.kind,
+});
+
+/**
+ * Throws CONFIG where the model's sizes are not known that a plan needs, OUT_OF_MEMORY for what does not fit, saying by how
+ * much and what would do.
+ */
+export function planTraining(graph: Graph, options: SettledOptions): TrainingPlan {
+  const dims = dimsOf(graph, options);
+  const { policy, graph: planned, merged, fused } = choosePolicy(graph, options, dims);
+  const whole = writeTape(planned, policy);
+  const placement = roomFor(planned, policy, whole.step.placement, options.epochs !== null);
+  const known = new Map<number, StepTapes>();
+  const tapes = (microBatches: number): StepTapes => {
+    const found = known.get(microBatches);
+    if (found !== undefined) return found;
+    const written = microBatches === policy.microBatches ? whole : writeTape(planned, { ...policy, microBatches });
+    const step = { ...written.step, placement };
+    const flush = written.flush === null ? null : { ...written.flush, placement };
+    checkTape(planned, step);
+    // A smaller step, at the end of the data, follows a whole one.
+    if (microBatches !== policy.microBatches) checkTape(planned, step, { after: tapes(policy.microBatches).step });
+    if (flush !== null) checkTape(planned, flush, { after: step });
+    known.set(microBatches, { step, flush });
+    return { step, flush };
+  };
+  const { step } = tapes(policy.microBatches);
+  const sizes = policy.dims ?? dims;
+  const predict = (tape: Tape): Prediction => {
+    if (sizes === null) throw unknownSizes(graph);
+    return predictStep(planned, tape, profileOf(options), options.device.startsWith("cuda") ? "cuda" : "cpu", sizes);
+  };
+  const predicted = sizes === null ? null : predict(step);
+  if (predicted !== null) checkBudgets(predicted.peaks, options);
+  const facts: PlanFacts = {
+    tapeHash: createHash("sha256").update(canonicalJson(step)).digest("hex"),
+    order: step.schedule,
+    recompute: step.recompute,
+    update: step.update,
+    clip: step.clip,
+    fused,
+    blocksMerged: merged,
+    retainedDType: step.update === "forward" ? policy.retainedDType : null,
+  };
+  return { graph: planned, placement, facts, summary: summarize(facts, predicted, options), predicted, predict, tapes };
+}
+
+interface Chosen {
+  policy: Policy;
+  graph: Graph;
+  merged: number;
+  fused: number;
+}
+
+function choosePolicy(graph: Graph, o: SettledOptions, dims: Record<string, number> | null): Chosen {
+  const alone = { graph, merged: 1, fused: 1 };
+  const resident = residentPolicy(graph, {
+    microBatches: o.gradientAccumulationSteps,
+    schedule: o.order ?? undefined,
+    recompute: o.recompute ?? undefined,
+    update: o.update ?? undefined,
+    clip: o.clip,
+    state: stateFormat(o),
+  });
+  if (o.plan === "resident") return { ...alone, policy: resident };
+  if (dims === null) throw unknownSizes(graph);
+  if (o.plan === null) return { ...alone, policy: streamed(resident, o.offload as "host" | "disk", o, dims) };
+  const found = searchPlan(graph, o, dims);
+  if (found !== null) {
+    const recompute = o.recompute ?? found.policy.recompute;
+    const { graph: planned, blocksMerged: merged, report } = found;
+    return { policy: { ...found.policy, recompute }, graph: planned, merged, fused: report.microBatch.fused };
+  }
+  // On a CPU the planner knows memory alone; beyond it everything lives on the disk.
+  const policy = { ...resident, recompute: "all", update: o.clip === "global" ? "forward" : "backward" } as const;
+  return { ...alone, policy: streamed(policy, "disk", o, dims) };
+}
+
+/** Everything at home in one place, a block on the device while it works. */
+const streamed = (base: Policy, home: "host" | "disk", o: SettledOptions, dims: Record<string, number>): Policy => ({
+  ...base,
+  dims,
+  param: home,
+  optimizer: home,
+  boundary: o.device === "cpu" ? "device" : "host",
+  retained: home,
+  prefetch: 1,
+  parts: 4,
+});
+
+/** The planner's answer; null where it finds none and a disk is there for the rest. */
+function searchPlan(graph: Graph, o: SettledOptions, dims: Record<string, number>): AutoPlan | null {
+  const budget = budgetOf(o);
+  const limit = budget.deviceBytes;
+  for (let tries = 0; ; tries++) {
+    const found = planAuto(graph, {
+      dims,
+      gradientAccumulationSteps: o.gradientAccumulationSteps,
+      state: stateFormat(o),
+      clip: o.clip,
+      profile: profileOf(o),
+      budget: o.device === "cpu" ? { ...budget, hostBytes: 0, diskBytes: 0 } : budget,
+    });
+    if (!found.report.fits) {
+      if (o.device === "cpu" && budget.diskBytes > 0) return null;
+      throw outOfMemory(`${showSize(found.missing!.bytes)} are missing. ${found.missing!.cure}`);
+    }
+    if (o.device !== "sim") return found;
+    // A simulated device has a card's link and a processor's kernels, which take other workspaces than a card's.
+    const over = tapePeaks(found.graph, found.tapes.step, "cpu").deviceBytes - limit;
+    if (over <= 0 || tries === 4) return found;
+    budget.deviceBytes -= over * 1.1;
+  }
+}
+
+function budgetOf(o: SettledOptions): Budget {
+  const memory = processMemory();
+  const deviceBytes = o.deviceMemory ?? memory;
+  const beside = o.offload === "none" || o.device === "cpu" ? 0 : (o.hostMemory ?? memory);
+  return { deviceBytes, hostBytes: beside, diskBytes: o.offload === "none" ? 0 : (o.disk ?? 0) };
+}
+
+/** What this process may use. */
+function processMemory(): number {
+  const memory = probeMachine()?.memory;
+  return Math.min(memory?.totalBytes ?? totalmem(), memory?.cgroupBytes ?? Number.POSITIVE_INFINITY);
+}
+
+function profileOf(o: SettledOptions) {
+  const cpu = readMeasured() ?? findProfile("cpu");
+  return o.device === "cpu" ? cpu : { ...cpu, device: "cuda" as const };
+}
+
+function checkBudgets({ deviceBytes, hostBytes, diskBytes }: TapePeaks, o: SettledOptions): void {
+  // On a CPU staging for a disk is the same memory.
+  const cpu = o.device === "cpu";
+  const needs: [what: string, bytes: number, of: number | null][] = [
+    ["device memory", cpu ? deviceBytes + hostBytes : deviceBytes, o.deviceMemory],
+    ["host memory", hostBytes, o.hostMemory],
+    ["disk", diskBytes, o.disk],
+  ];
+  for (const [what, bytes, of] of needs)
+    if (of !== null && bytes > of)
+      throw outOfMemory(
+        `the plan takes ${showSize(bytes)} of ${what}, ${showSize(of)} are given. Smaller micro-batches, shorter rows, ` +
+          `precision bfloat16 or optimizer adamw8bit take less${o.offload === "none" ? ", and offload takes state away" : ""}`,
+      );
+}
+
+const outOfMemory = (why: string) => new StromaError("OUT_OF_MEMORY", `[plan] the training does not fit: ${why}`);
+
+const unknownSizes = (graph: Graph) =>
+  new StromaError(
+    "CONFIG",
+    `[plan] ${graph.model} takes inputs of other dims than B and T, so their sizes are not known. Say plan resident, without a profile`,
+  );
+
+/** Sizes of one micro-batch of the user's; null where the model has inputs of other dims. */
+function dimsOf(graph: Graph, o: SettledOptions): Record<string, number> | null {
+  const dims: Record<string, number> = { B: o.microBatchSize, T: o.sequenceLength };
+  const names = graph.inputs.flatMap((input) => input.shape.flatMap((d) => String(d).match(/[A-Za-z_]\w*/g) ?? []));
+  return names.every((name) => Object.hasOwn(dims, name)) ? dims : null;
+}
+
+/**
+ * The placement that serves every number of micro-batches: homes are the same for all, arenas the largest. At the end of
+ * the data a step may have any smaller number.
+ */
+function roomFor(graph: Graph, policy: Policy, whole: Placement, smaller: boolean): Placement {
+  if (!smaller || policy.dims === null) return whole;
+  const arenas = { ...whole.arenas };
+  for (let microBatches = 1; microBatches < policy.microBatches; microBatches++) {
+    const { placement } = writeTape(graph, { ...policy, microBatches }).step;
+    for (const key of ["deviceBytes", "hostBytes", "diskBytes"] as const)
+      arenas[key] = Math.max(arenas[key], placement.arenas[key]);
+  }
+  return { ...whole, arenas };
+}
+
+function summarize(f: PlanFacts, predicted: TrainingPlan["predicted"], o: SettledOptions): string {
+  const order = f.order === "breadthFirst" ? "breadth-first" : "depth-first";
+  const where = {
+    none: "all on the device",
+    host: "state in host memory",
+    disk: "state on disk",
+    auto: "chosen for the budgets",
+  }[o.offload];
+  const parts = [where, order, `recompute ${f.recompute}`, `update ${f.update}`];
+  if (f.fused > 1) parts.push(`${f.fused} micro-batches at once`);
+  if (f.blocksMerged > 1) parts.push(`${f.blocksMerged} layers a block`);
+  if (predicted !== null) {
+    const { deviceBytes, hostBytes, diskBytes } = predicted.peaks;
+    const beside = [
+      ...(hostBytes > 0 ? [`${showSize(hostBytes)} beside it`] : []),
+      ...(diskBytes > 0 ? [`${showSize(diskBytes)} on disk`] : []),
+    ];
+    parts.push([`device ${showSize(deviceBytes)}`, ...beside].join(", "));
+  }
+  return parts.join(", ");
+}
+
+/** How a resumed run's plan gives other roundings or draws than the one it was saved under, in words. */
+export function planDifferences(then: PlanFacts, now: PlanFacts): string[] {
+  const exact = (d: RetainedDType | null) => (d === null || d === "float32" || d === "float64" ? "exactly" : d);
+  const pairs: [string, string | number, string | number][] = [
+    ["micro-batches at once", then.fused, now.fused],
+    ["layers a block", then.blocksMerged, now.blocksMerged],
+    ["clip", then.clip, now.clip],
+    ["gradients retained", exact(then.retainedDType), exact(now.retainedDType)],
+  ];
+  return pairs.filter(([, a, b]) => a !== b).map(([what, a, b]) => `${what}: ${a} before, ${b} now`);
+}
