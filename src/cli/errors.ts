@@ -70,6 +70,11 @@ const FLAG_SHAPED: Record<string, true> = {
   learningRate: true,
   outputDir: true,
   sampleEveryNSteps: true,
+  maxGradNorm: true,
+  masterWeight: true,
+  deviceMemory: true,
+  hostMemory: true,
+  diskFolder: true,
 };
 
 export interface ErrorOutputs {

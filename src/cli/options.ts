@@ -51,11 +51,33 @@ const count = (group: string, least: number, help: string, fallback: number | st
     example: String(example),
   });
 
+/** Bytes, as people write them. */
+const size = (help: string, fallback: string | null, example: string) =>
+  declare({
+    schema: z.union([number((v) => v > 0), z.string().regex(/^\s*\d+(\.\d+)?\s*[kmgt]?i?b?\s*$/i)]),
+    expects: "a size like 24GB (1e9 bytes each) or 8GiB (2^30)",
+    help,
+    group: MEMORY,
+    default: fallback,
+    example,
+  });
+
+const alias = (of: string) =>
+  declare({
+    schema: z.boolean(),
+    expects: "no value",
+    help: `The same as ${of}`,
+    group: ALIASES,
+    default: false,
+    example: "",
+    switch: true,
+  });
+
 function choice<const T extends readonly [string, ...string[]]>(
   group: string,
   values: T,
   help: string,
-  fallback: T[number],
+  fallback: T[number] | (string & {}) | null,
 ) {
   return declare({
     schema: z.enum(values),
@@ -73,6 +95,8 @@ const HOW_LONG = "How long, and in which portions";
 const OPTIMIZER = "Optimizer";
 const OUTPUT = "Output";
 const MACHINE = "Machine";
+const MEMORY = "Memory: how state is stored, and where it lives";
+const ALIASES = "By the names of other trainers";
 const SCHEDULES = SCHEDULE_KINDS as unknown as readonly ["constant", "linear", "cosine", "warmupStableDecay"];
 
 type Specs = Readonly<Record<string, OptionSpec>>;
@@ -195,11 +219,23 @@ export const trainOptions = {
   maxGradNorm: declare({
     schema: z.preprocess((v) => (v === "none" ? null : toNumber(v)), z.number().positive().finite().nullable()),
     expects: "a number above 0, or none",
-    help: "Global norm that gradients are clipped to, or none",
+    help: "Norm that gradients are clipped to (--clip says whose), or none",
     group: OPTIMIZER,
     default: 1,
-    example: "none",
+    example: "0.5",
   }),
+  clip: choice(
+    OPTIMIZER,
+    ["none", "block", "global"],
+    "Clip by the norm of all gradients, of each block's, or not",
+    "global; none with --max-grad-norm none",
+  ),
+  optimizer: choice(
+    OPTIMIZER,
+    ["adamw", "adamw8bit"],
+    "adamw8bit keeps the moments of matrices in 8 bits: a quarter of their bytes",
+    "adamw",
+  ),
   nonFinite: choice(
     OPTIMIZER,
     ["stop", "skip"],
@@ -231,6 +267,15 @@ export const trainOptions = {
     example: "synthetic star",
   }),
   sampleTokens: count(OUTPUT, 1, "Most new tokens of a sample", 64, 32),
+  profileMemory: declare({
+    schema: z.union([z.literal(true), whole(1)]),
+    expects: "nothing, or the number of a step",
+    help: "Profile a step (the second of this run): profile.html, .json and a trace in profile-<step>/ of the output folder",
+    group: OUTPUT,
+    default: null,
+    example: "3",
+    bare: true,
+  }),
   json: declare({
     schema: z.boolean(),
     expects: "no value",
@@ -242,20 +287,71 @@ export const trainOptions = {
     commandLineOnly: true,
   }),
 
-  dtype: choice(MACHINE, ["float32", "float64", "bfloat16"], "Of the parameters that blocks compute with", "float32"),
-  threads: count(MACHINE, 0, "Threads of the engine; 0: all this process may use", 0, 2),
-  order: choice(
+  device: choice(
     MACHINE,
-    ["breadthFirst", "depthFirst"],
-    "Order of the work inside a step; the numbers are the same",
-    "breadthFirst",
+    ["cpu", "sim"],
+    "sim: a test instrument, a simulated card in this machine's memory that ends at --device-memory; it shows what fits, not how fast",
+    "cpu",
   ),
+  dtype: choice(MACHINE, ["float32", "float64", "bfloat16"], "What blocks compute in", "as --precision says"),
+  threads: count(MACHINE, 0, "Threads of the engine; 0: all this process may use", 0, 2),
+  precision: choice(
+    MEMORY,
+    ["float32", "float64", "bfloat16"],
+    "What parameters are stored as. Over bfloat16 blocks compute in bfloat16 where the processor is fast at it, else in float32: the first line of a run says which",
+    "float32",
+  ),
+  masterWeight: choice(
+    MEMORY,
+    ["none", "split16", "float32"],
+    "Beside bfloat16 parameters: float32 copies, their lower halves (2 bytes each), or none and updates that round stochastically",
+    "none; float32 with --precision bfloat16",
+  ),
+  plan: choice(
+    MEMORY,
+    ["resident", "auto"],
+    "resident: everything on the device; auto: the fastest plan that fits the sizes below",
+    "resident; auto with any of those sizes",
+  ),
+  offload: choice(
+    MEMORY,
+    ["none", "host", "disk", "auto"],
+    "Where parameters and optimizer state live between uses: on the device, in host memory beside it (not with --device cpu, where that is one memory), on disk, or as the plan finds best",
+    "none; auto with --plan auto",
+  ),
+  deviceMemory: size("Of the device; with --device cpu all memory that training takes", "what there is", "8GiB"),
+  hostMemory: size("Beside a device that has memory of its own", "what there is", "64GB"),
+  disk: size("Room on disk that a plan may fill", "no limit with --offload disk, none with --plan auto", "200GB"),
+  diskFolder: declare({
+    schema: text,
+    expects: "a path",
+    help: "Folder for what is kept on disk while training",
+    group: MEMORY,
+    default: "the output folder",
+    example: "/tmp",
+  }),
   recompute: choice(
-    MACHINE,
+    MEMORY,
     ["all", "none"],
     "all keeps only block boundaries and computes the rest again; none keeps everything",
-    "none",
+    "none; all with --offload",
   ),
+  update: choice(
+    MEMORY,
+    ["end", "backward", "forward"],
+    "Blocks change after all gradients, each after its own (no global clipping; a norm that is not finite skips that block alone), or in the next step",
+    "end; with --offload forward, or backward where no global norm is asked for",
+  ),
+  order: choice(
+    MEMORY,
+    ["breadthFirst", "depthFirst"],
+    "Order of the work inside a step; the numbers are the same",
+    "breadthFirst; --plan auto chooses",
+  ),
+  use8bitOptimizer: alias("--optimizer adamw8bit"),
+  useMixedPrecision: alias("--precision bfloat16"),
+  useCpuOffloading: alias("--offload host"),
+  useGradientCheckpointing: alias("--recompute all"),
 } as const satisfies Record<string, OptionSpec>;
 
 /** Checked values of the options that were given. */
@@ -325,8 +421,8 @@ export const demoOptions = {
   json,
 } as const satisfies Specs;
 
-export const kebab = (name: string): string => name.replace(/[A-Z]/g, (c) => `-${c.toLowerCase()}`);
-export const camel = (name: string): string => name.replace(/-([a-z])/g, (_, c: string) => c.toUpperCase());
+export const kebab = (name: string): string => name.replace(/[A-Z]|\d+/g, (c) => `-${c.toLowerCase()}`);
+export const camel = (name: string): string => name.replace(/-([a-z0-9])/g, (_, c: string) => c.toUpperCase());
 
 /** The table as yargs takes it. */
 export function yargsOptions(specs: Specs): Record<string, YargsOption> {

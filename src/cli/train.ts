@@ -32,9 +32,11 @@ export function toTrainerOptions(flags: TrainFlags): TrainerOptions {
     ...plain
   } = rest;
   const resumes = flags.resume !== undefined && flags.resume !== "auto";
+  const named = Object.fromEntries(Object.entries(plain).filter(([name]) => !Object.hasOwn(ALIASES, name)));
   const options: TrainerOptions = {
     ...(resumes ? {} : { model: DEFAULT_MODEL, data: DEFAULT_DATA }),
-    ...(plain as TrainerOptions),
+    ...(named as TrainerOptions),
+    ...aliases(flags),
   };
   // Whose checkpoints, where neither the folder nor the model is named: those of a run that named neither.
   if (flags.resume === true && flags.outputDir === undefined && flags.model === undefined)
@@ -45,6 +47,30 @@ export function toTrainerOptions(flags: TrainFlags): TrainerOptions {
   if (schedule !== undefined) options.learningRateSchedule = schedule;
   if (samplePrompt !== undefined) options.samplePrompts = [samplePrompt];
   return options;
+}
+
+/** Switches that stand for a value of another option. */
+const ALIASES = {
+  use8bitOptimizer: ["optimizer", "adamw8bit"],
+  useMixedPrecision: ["precision", "bfloat16"],
+  useCpuOffloading: ["offload", "host"],
+  useGradientCheckpointing: ["recompute", "all"],
+} as const satisfies Partial<Record<keyof TrainFlags, readonly [keyof TrainFlags, string]>>;
+
+/** @throws CONFIG where a switch and the option that it stands for disagree */
+function aliases(flags: TrainFlags): TrainerOptions {
+  const meant: Record<string, string> = {};
+  for (const [name, [option, value]] of Object.entries(ALIASES)) {
+    if (flags[name as keyof typeof ALIASES] !== true) continue;
+    const given = flags[option];
+    if (given !== undefined && given !== value)
+      throw new StromaError(
+        "CONFIG",
+        `[cli] --${kebab(name)} means --${option} ${value}, and --${option} ${given} is given: leave one out`,
+      );
+    meant[option] = value;
+  }
+  return meant;
 }
 
 /** @throws CONFIG for a name that is neither a preset nor a path, with the preset that was probably meant */
@@ -161,6 +187,10 @@ export const trainCommand: CommandModule<object, Record<string, unknown>> = {
       .example("$0 train --steps 400", "the tiny preset on simulated planets")
       .example("$0 train --data stars.csv --epochs 2 --output-dir runs/stars", "a table of your own, twice")
       .example("$0 train --batch-size 32 --micro-batch-size 1", "32 rows a step, one at a time in memory")
+      .example(
+        "$0 train --optimizer adamw8bit --precision bfloat16 --master-weight none --offload disk",
+        "2 + 2 bytes a parameter, on disk while others work",
+      )
       .example("$0 train --config train.yaml --seed 7", "options from a file, one of them replaced")
       .example("$0 train --resume --output-dir runs/stars --epochs 4", "go on where it stopped, for longer")
       .example("$0 train --json | jq -c 'select(.event==\"eval\")'", "for programs")

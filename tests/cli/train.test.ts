@@ -20,6 +20,11 @@ const EVENTS = {
     schedule: z.enum(["breadthFirst", "depthFirst"]),
     device: z.string(),
     dtype: z.string(),
+    dtypeReason: z.string().nullable(),
+    precision: z.string(),
+    masterWeight: z.string(),
+    optimizer: z.enum(["adamw", "adamw8bit"]),
+    plan: z.string(),
     resumedFrom: z.string().nullable(),
   }),
   step: z.strictObject({
@@ -34,6 +39,10 @@ const EVENTS = {
     seconds: z.number().positive(),
     peakDeviceBytes: count,
     peakHostBytes: count.min(1),
+    bytesToDevice: count,
+    bytesFromDevice: count,
+    bytesLoaded: count,
+    bytesSaved: count,
   }),
   eval: z.strictObject({
     event: z.literal("eval"),

@@ -89,6 +89,8 @@ describe("the options, declared once", () => {
           "--decay-steps",
           "--weight-decay",
           "--max-grad-norm",
+          "--clip",
+          "--optimizer",
           "--non-finite",
           "--output-dir",
           "--log-every-n-steps",
@@ -100,11 +102,26 @@ describe("the options, declared once", () => {
           "--sample-every-n-steps",
           "--sample-prompt",
           "--sample-tokens",
+          "--profile-memory",
           "--json",
+          "--device",
           "--dtype",
           "--threads",
-          "--order",
+          "--precision",
+          "--master-weight",
+          "--plan",
+          "--offload",
+          "--device-memory",
+          "--host-memory",
+          "--disk",
+          "--disk-folder",
           "--recompute",
+          "--update",
+          "--order",
+          "--use-8bit-optimizer",
+          "--use-mixed-precision",
+          "--use-cpu-offloading",
+          "--use-gradient-checkpointing",
         ],
       }
     `);
@@ -129,11 +146,19 @@ describe("the options, declared once", () => {
       "validationShare",
       "packing",
       "onBadSource",
+      "optimizer",
+      "dtype",
+      "deviceMemory",
+      "hostMemory",
+      "disk",
+      "diskFolder",
     ]);
     for (const [name, spec] of Object.entries(trainOptions as Record<string, OptionSpec>)) {
       if (spec.default === null || spec.switch || elsewhere.has(name) || !(name in resolved)) continue;
-      expect([name, resolved[name]]).toEqual([name, spec.default]);
+      // After a semicolon: what it is where another option is given.
+      expect([name, String(resolved[name])]).toEqual([name, String(spec.default).split(";")[0]]);
     }
+    expect((resolved.optimizer as { kind: string }).kind).toBe(trainOptions.optimizer.default);
     expect((resolved.optimizer as { weightDecay: number }).weightDecay).toBe(trainOptions.weightDecay.default);
   });
 
@@ -142,7 +167,11 @@ describe("the options, declared once", () => {
       Object.entries(trainOptions as Record<string, OptionSpec>)
         .filter(
           ([name, spec]) =>
-            !spec.commandLineOnly && !["epochs", "resume", "microBatchSize", "decaySteps", "data"].includes(name),
+            !spec.commandLineOnly &&
+            !spec.switch &&
+            !["epochs", "resume", "microBatchSize", "decaySteps", "data"].includes(name) &&
+            // The planner's choice, as --plan auto says below.
+            !["order", "recompute", "update"].includes(name),
         )
         .map(([name, spec]) => [name, spec.example]),
     );
@@ -157,13 +186,51 @@ describe("the options, declared once", () => {
       gradientAccumulationSteps: 8,
       microBatchSize: 4,
       learningRateSchedule: { kind: "cosine", warmupSteps: 50, finalFraction: 0.1 },
-      maxGradNorm: null,
+      maxGradNorm: 0.5,
+      clip: "global",
       nonFinite: "skip",
       samplePrompts: ["synthetic star"],
+      device: "sim",
+      dtype: "bfloat16",
+      precision: "bfloat16",
+      masterWeight: "float32",
+      plan: "auto",
+      offload: "auto",
+      deviceMemory: 2 ** 33,
+      hostMemory: 64e9,
+      disk: 200e9,
+      diskFolder: "/tmp",
+      profileMemory: 3,
+      order: null,
+      recompute: null,
+      update: null,
+    });
+    expect(resolved.optimizer.kind).toBe("adamw8bit");
+    const ordered = checkOptions(trainOptions, { order: "depthFirst", recompute: "all", update: "forward" });
+    expect(resolveOptions(toTrainerOptions(ordered))).toMatchObject({
       order: "depthFirst",
-      recompute: "none",
+      recompute: "all",
+      update: "forward",
+      plan: "resident",
+      offload: "none",
     });
     expect(resolved.optimizer.weightDecay).toBe(0.1);
+  });
+
+  it("switches stand for values of other options, and do not contradict them", () => {
+    const all = Object.fromEntries(
+      ["use8bitOptimizer", "useMixedPrecision", "useCpuOffloading", "useGradientCheckpointing"].map((n) => [n, true]),
+    );
+    const given = toTrainerOptions(checkOptions(trainOptions, { ...all, device: "sim" }));
+    expect(given).toEqual({
+      ...{ model: "tiny", data: "planets", device: "sim" },
+      ...{ optimizer: "adamw8bit", precision: "bfloat16", offload: "host", recompute: "all" },
+    });
+    expect(resolveOptions(given)).toMatchObject({ offload: "host", update: "forward", dtype: null });
+    expect(toTrainerOptions({ use8bitOptimizer: false })).toEqual({ model: "tiny", data: "planets" });
+    expect(thrown(() => toTrainerOptions({ use8bitOptimizer: true, optimizer: "adamw" })).message).toBe(
+      "[cli] --use-8bit-optimizer means --optimizer adamw8bit, and --optimizer adamw is given: leave one out",
+    );
   });
 
   it("the demonstration's training is accepted at any length", () => {
@@ -190,6 +257,9 @@ describe("refused values", () => {
     ["learningRate", "Infinity"],
     ["validationShare", "1"],
     ["maxGradNorm", "0"],
+    ["deviceMemory", "many"],
+    ["disk", "-4GB"],
+    ["offload", "gpu"],
   ])("--%s %s", (name, value) => {
     expect(thrown(() => checkOptions(trainOptions, { [name]: value })).code).toBe("INVALID_ARGUMENT");
   });
