@@ -60,6 +60,11 @@ export const COMMANDS: readonly CommandEntry[] = [
     describe: "Try the whole chain link by link, and name the cure of each that fails",
     load: async () => any((await import("./doctor.js")).doctorCommand),
   },
+  {
+    command: "selftest <what>",
+    describe: "Train small models with every means that saves memory, and check what each claims",
+    load: async () => any((await import("./selftest.js")).selftestCommand),
+  },
 ];
 
 export const commandName = (entry: CommandEntry): string => entry.command.split(" ")[0]!;
