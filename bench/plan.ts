@@ -1,0 +1,141 @@
+/**
+ * Whether the planner's figures hold on this processor: the machine is measured, then the step time and the device peak of
+ * ten shapes and plans are predicted and measured. ratio = predicted seconds / measured seconds, the median of the ten.
+ *
+ *   npm run bench -- plan [--steps 5] [--json]
+ */
+import { mkdtempSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { parseArgs } from "node:util";
+import { traceModel } from "../src/graph/index.js";
+import { decoderConfig } from "../src/models/decoder/config.js";
+import { decoder } from "../src/models/decoder/model.js";
+import { loadAddon } from "../src/native.js";
+import { measureMachine } from "../src/plan/measure.js";
+import type { Policy } from "../src/plan/policy.js";
+import type { MachineProfile } from "../src/plan/profiles.js";
+import { simulate, tapePeaks } from "../src/plan/simulate.js";
+import type { StateFormat } from "../src/plan/types.js";
+import {
+  decoderBatch,
+  eightBitState,
+  float32State,
+  interleave,
+  median,
+  openRun,
+  unthrottled,
+} from "./support/steps.js";
+
+const { values } = parseArgs({
+  options: { steps: { type: "string", default: "5" }, json: { type: "boolean", default: false } },
+});
+
+interface Shape {
+  dim: number;
+  layers: number;
+  vocab: number;
+  B: number;
+  T: number;
+  microBatches: number;
+  home: "device" | "host";
+  state: StateFormat;
+  more?: Partial<Policy>;
+}
+const shape = (
+  [dim, layers, vocab]: [number, number, number],
+  [B, T, microBatches]: [number, number, number],
+  home: "device" | "host",
+  state: StateFormat,
+  more: Partial<Policy> = {},
+): Shape => ({ dim, layers, vocab, B, T, microBatches, home, state, more });
+const shapes: Shape[] = [
+  shape([256, 4, 300], [1, 128, 4], "device", float32State),
+  shape([384, 6, 300], [1, 256, 4], "device", float32State, {
+    schedule: "depthFirst",
+    recompute: "none",
+    update: "end",
+  }),
+  shape([384, 6, 300], [2, 256, 2], "host", float32State),
+  shape([512, 4, 4096], [1, 256, 4], "device", float32State),
+  shape([512, 4, 4096], [1, 256, 4], "host", eightBitState),
+  shape([512, 8, 8192], [2, 128, 2], "device", eightBitState),
+  shape([768, 4, 8192], [1, 128, 4], "host", float32State),
+  shape([768, 4, 300], [1, 512, 2], "device", float32State),
+  shape([1024, 3, 4096], [1, 128, 4], "device", float32State),
+  shape([1024, 3, 4096], [1, 256, 2], "host", eightBitState),
+];
+
+loadAddon();
+const profile = measured();
+const rows = [];
+for (const { dim, layers, vocab, B, T, microBatches, home, state, more } of shapes) {
+  const heads = dim / 64;
+  const config = decoderConfig({ vocabSize: vocab, dim, layers, heads, kvHeads: heads / 2, ffn: dim * 3 });
+  const graph = traceModel(decoder, config, { mode: "train", dtype: "float32" });
+  const policy: Policy = {
+    schedule: "breadthFirst",
+    recompute: "all",
+    update: "backward",
+    clip: "block",
+    state,
+    microBatches,
+    dims: { B, T },
+    param: home,
+    optimizer: home,
+    boundary: home,
+    retained: "device",
+    retainedDType: "float32",
+    prefetch: 1,
+    parts: 4,
+    ...more,
+  };
+  const batches = Array.from({ length: microBatches }, (_, m) => decoderBatch(graph, vocab, B, T, m));
+  const device = home === "host" ? ({ device: "sim", sim: unthrottled } as const) : ({ device: "cpu" } as const);
+  const run = await openRun(graph, policy, batches, device);
+  await interleave([run], Number(values.steps));
+  await run.session.dispose();
+  const seconds = median(run.seconds);
+  const { peakDeviceBytes } = run.results.at(-1)!;
+  const predicted = simulate(graph, run.tape, profile);
+  const peak = tapePeaks(graph, run.tape, "cpu").deviceBytes;
+  const [timeError, peakError] = [predicted.seconds / seconds - 1, peak / peakDeviceBytes - 1].map((e) => e * 100);
+  rows.push({
+    shape: `${dim} x ${layers}, ${vocab}; ${microBatches} of ${B} x ${T}; ${policy.schedule}, ${home}, ${state.optimizer}`,
+    predictedSeconds: predicted.seconds,
+    seconds,
+    timeErrorPercent: timeError!,
+    predictedPeakBytes: peak,
+    peakDeviceBytes,
+    peakErrorPercent: peakError!,
+  });
+}
+const result = {
+  name: "plan",
+  ratio: median(rows.map((r) => r.predictedSeconds / r.seconds)),
+  unit: "predicted seconds / measured seconds",
+  worstTimeErrorPercent: Math.max(...rows.map((r) => Math.abs(r.timeErrorPercent))),
+  worstPeakErrorPercent: Math.max(...rows.map((r) => Math.abs(r.peakErrorPercent))),
+  profile,
+  rows,
+};
+if (values.json) console.log(JSON.stringify(result));
+else {
+  console.table(rows);
+  console.log({ ...result, rows: undefined });
+}
+process.exit(0);
+
+/** Without leaving the profile where plans would find it: that is for `stroma doctor --measure` to do. */
+function measured(): MachineProfile {
+  const folder = mkdtempSync(join(tmpdir(), "stroma-bench-"));
+  const before = process.env.STROMA_CACHE;
+  process.env.STROMA_CACHE = folder;
+  try {
+    return measureMachine();
+  } finally {
+    if (before === undefined) delete process.env.STROMA_CACHE;
+    else process.env.STROMA_CACHE = before;
+    rmSync(folder, { recursive: true });
+  }
+}
