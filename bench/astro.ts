@@ -35,7 +35,10 @@ const say = (text: string) => values.json || console.log(`${new Date().toISOStri
 const gb = (bytes: number) => `${(bytes / 1e9).toFixed(2)} GB`;
 
 const preset = decoderPresets[values.model as keyof typeof decoderPresets]();
-const config = decoderConfig({ ...preset, layers: values.layers === undefined ? preset.layers : Number(values.layers) });
+const config = decoderConfig({
+  ...preset,
+  layers: values.layers === undefined ? preset.layers : Number(values.layers),
+});
 const graph = traceModel(decoder, config, { mode: "train", dtype: "float32" });
 const T = Number(values.tokens);
 const microBatches = Number(values["micro-batches"]);
@@ -105,7 +108,9 @@ say(`parameters drawn and on disk after ${initSeconds.toFixed(0)} s`);
 
 /** The same rows every step. */
 const batches: Batch[] = Array.from({ length: microBatches }, (_, m) => {
-  const tokens = BigInt64Array.from({ length: T + 1 }, (_, t) => BigInt((t * 7919 + m * 104_729 + 17) % config.vocabSize));
+  const tokens = BigInt64Array.from({ length: T + 1 }, (_, t) =>
+    BigInt((t * 7919 + m * 104_729 + 17) % config.vocabSize),
+  );
   const input = (data: BigInt64Array) => ({ dtype: "int64" as const, shape: [1, T], data });
   const zeros = new BigInt64Array(T);
   return {
@@ -120,7 +125,9 @@ const names = ["param"] as const;
 const probe = graph.parameters.filter((p) => p.shape.length === 2).map((p) => p.name);
 const sample = async () => {
   const some = [probe[0]!, probe[Math.floor(probe.length / 2)]!, probe.at(-1)!];
-  return Promise.all(some.map(async (name) => new Uint16Array((await session.read(names[0], name)).data.buffer.slice(0))));
+  return Promise.all(
+    some.map(async (name) => new Uint16Array((await session.read(names[0], name)).data.buffer.slice(0))),
+  );
 };
 const before = await sample();
 for (let step = 0; step < Number(values.steps); step++) {

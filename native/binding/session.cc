@@ -239,8 +239,9 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
         env, "NativeSession",
         {InstanceMethod<&S::load>("load"), InstanceMethod<&S::attach>("attach"),
          InstanceMethod<&S::initialize>("initialize"), InstanceMethod<&S::step>("step"), InstanceMethod<&S::run>("run"),
-         InstanceMethod<&S::flush>("flush"), InstanceMethod<&S::gradient>("gradient"), InstanceMethod<&S::read>("read"), InstanceMethod<&S::write>("write"),
-         InstanceMethod<&S::state>("state"), InstanceMethod<&S::optimizer_step>("optimizerStep"),
+         InstanceMethod<&S::flush>("flush"), InstanceMethod<&S::gradient>("gradient"), InstanceMethod<&S::read>("read"),
+         InstanceMethod<&S::write>("write"), InstanceMethod<&S::state>("state"),
+         InstanceMethod<&S::optimizer_step>("optimizerStep"),
          InstanceMethod<&S::set_optimizer_step>("setOptimizerStep"), InstanceMethod<&S::snapshot>("snapshot"),
          InstanceMethod<&S::read_file>("readFile"), InstanceMethod<&S::cancel>("cancel"),
          InstanceMethod<&S::dispose>("dispose"), InstanceMethod<&S::stats>("stats")});
@@ -297,13 +298,12 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
     const Fields optimizer(options.at("optimizer"), "options.optimizer");
     const std::string kind = optimizer.text("kind");
     if (kind != "adamw" && kind != "adamw8bit")
-      throw CodedError("INVALID_ARGUMENT",
-                       "[session] expected optimizer.kind \"adamw\" or \"adamw8bit\", got " + kind);
+      throw CodedError("INVALID_ARGUMENT", "[session] expected optimizer.kind \"adamw\" or \"adamw8bit\", got " + kind);
     spec.optimizer = {optimizer.number("beta1"), optimizer.number("beta2"), optimizer.number("epsilon"),
                       optimizer.number("weightDecay")};
     spec.format.eight_bit = kind == "adamw8bit";
     spec.format.storage = options.has("storage") ? floating(options.text("storage"), "storage") : spec.dtype;
-    const std::string master = options.has("masterWeight") ? options.text("masterWeight")
+    const std::string master = options.has("masterWeight")            ? options.text("masterWeight")
                                : spec.format.storage == at::kBFloat16 ? "float32"
                                                                       : "none";
     using engine::MasterWeight;
@@ -329,7 +329,9 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
       if (!sim.at("adversary").IsNull()) spec.sim.adversary = sim.integer("adversary");
     }
     if (options.has("deviceMemory")) {
-      if (!is_cuda) throw CodedError("CONFIG", "[session] options.deviceMemory is for a CUDA device; sim.memoryBytes caps a simulated one");
+      if (!is_cuda)
+        throw CodedError("CONFIG",
+                         "[session] options.deviceMemory is for a CUDA device; sim.memoryBytes caps a simulated one");
       spec.device_bytes = options.integer("deviceMemory");
     }
     if (options.has("diskFolder")) spec.disk_folder = options.text("diskFolder");
@@ -592,13 +594,14 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
   }
   Napi::Value snapshot(const Napi::CallbackInfo& info) {
     return entry(info, [&] {
-      return post(info, [kinds = decode_kinds(info[0]), lane = lane_, core = core_](engine::Executor& executor) -> Finish {
-        auto data = std::make_shared<engine::Snapshot>(executor.state(), kinds);
-        return [data, lane, core](Napi::Env env) -> Napi::Value {
-          SnapshotWrap::Made made{data, lane, [core] { core->use(); }};
-          return door(env).snapshot.New({Napi::External<SnapshotWrap::Made>::New(env, &made)});
-        };
-      });
+      return post(info,
+                  [kinds = decode_kinds(info[0]), lane = lane_, core = core_](engine::Executor& executor) -> Finish {
+                    auto data = std::make_shared<engine::Snapshot>(executor.state(), kinds);
+                    return [data, lane, core](Napi::Env env) -> Napi::Value {
+                      SnapshotWrap::Made made{data, lane, [core] { core->use(); }};
+                      return door(env).snapshot.New({Napi::External<SnapshotWrap::Made>::New(env, &made)});
+                    };
+                  });
     });
   }
   Napi::Value read_file(const Napi::CallbackInfo& info) {

@@ -395,12 +395,12 @@ engine::Instruction decode_instruction(const Napi::Value& value, const std::stri
 
 engine::StateFormat decode_format(const Fields& fields) {
   using engine::MasterWeight;
-  return {dtype_from_name(fields.text("storage")),
-          choice<MasterWeight>(fields, "masterWeight",
-                               {{"none", MasterWeight::kNone},
-                                {"split16", MasterWeight::kSplit16},
-                                {"float32", MasterWeight::kFloat32}}),
-          choice<bool>(fields, "optimizer", {{"adamw", false}, {"adamw8bit", true}})};
+  return {
+      dtype_from_name(fields.text("storage")),
+      choice<MasterWeight>(
+          fields, "masterWeight",
+          {{"none", MasterWeight::kNone}, {"split16", MasterWeight::kSplit16}, {"float32", MasterWeight::kFloat32}}),
+      choice<bool>(fields, "optimizer", {{"adamw", false}, {"adamw8bit", true}})};
 }
 
 engine::Placement decode_placement(const Napi::Value& value, const std::string& where) {
@@ -437,7 +437,8 @@ std::shared_ptr<const engine::Tape> decode_tape(const Napi::Value& value) {
   tape->update = choice<UpdateOrder>(
       fields, "update",
       {{"end", UpdateOrder::kEnd}, {"backward", UpdateOrder::kBackward}, {"forward", UpdateOrder::kForward}});
-  tape->clip = choice<Clip>(fields, "clip", {{"none", Clip::kNone}, {"block", Clip::kBlock}, {"global", Clip::kGlobal}});
+  tape->clip =
+      choice<Clip>(fields, "clip", {{"none", Clip::kNone}, {"block", Clip::kBlock}, {"global", Clip::kGlobal}});
   tape->format = decode_format(Fields(fields.at("state"), "tape.state"));
   tape->placement = decode_placement(fields.at("placement"), "tape.placement");
   tape->micro_batches = static_cast<int>(fields.integer("microBatches"));

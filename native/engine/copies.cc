@@ -110,8 +110,8 @@ class Threaded final : public Copies {
     std::unique_lock lock(mutex_);
     for (;;) {
       changed_.wait(lock, [&] {
-        return stopping_ || (!queues_[q].empty() && (ready(tape_->instructions[queues_[q].front()].waits) ||
-                                                     aborted_ || failure_ != nullptr));
+        return stopping_ || (!queues_[q].empty() &&
+                             (ready(tape_->instructions[queues_[q].front()].waits) || aborted_ || failure_ != nullptr));
       });
       if (stopping_) return;
       const int instruction = queues_[q].front();

@@ -42,7 +42,8 @@ class Copies {
 
 // A thread for each queue, started by the first copy.
 std::unique_ptr<Copies> threaded_copies(const SimOptions& options);
-// No threads: every copy completes as late and in as odd an order as its waits allow, its target full of NaN until then.
+// No threads: every copy completes as late and in as odd an order as its waits allow, its target full of NaN until
+// then.
 std::unique_ptr<Copies> adversary_copies(int64_t seed);
 
 }  // namespace stroma::engine

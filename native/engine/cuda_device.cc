@@ -49,8 +49,9 @@ class Event {
   cudaEvent_t event_ = nullptr;
 };
 
-// Every queue but compute has a thread that issues its copies: it first waits until what a copy waits for has been issued
-// (disk: done), then lets the stream wait for the events. So the thread that issues passes never blocks on a disk.
+// Every queue but compute has a thread that issues its copies: it first waits until what a copy waits for has been
+// issued (disk: done), then lets the stream wait for the events. So the thread that issues passes never blocks on a
+// disk.
 class CudaCopies final : public Copies {
  public:
   explicit CudaCopies(at::Device device) : device_(device) {
@@ -170,8 +171,8 @@ class CudaCopies final : public Copies {
     std::unique_lock lock(mutex_);
     for (;;) {
       changed_.wait(lock, [&] {
-        return stopping_ || (!queues_[q].empty() && (ready(tape_->instructions[queues_[q].front()].waits) ||
-                                                     aborted_ || failure_ != nullptr));
+        return stopping_ || (!queues_[q].empty() &&
+                             (ready(tape_->instructions[queues_[q].front()].waits) || aborted_ || failure_ != nullptr));
       });
       if (stopping_) return;
       const int instruction = queues_[q].front();
@@ -268,7 +269,8 @@ bool built() { return true; }
 void check_device(at::Device device) {
   const int count = c10::cuda::device_count();
   if (count == 0)
-    fail("NOT_SET_UP", "[cuda] this build has CUDA, and no card answers. Look at `npx stroma doctor`, or use device \"cpu\"");
+    fail("NOT_SET_UP",
+         "[cuda] this build has CUDA, and no card answers. Look at `npx stroma doctor`, or use device \"cpu\"");
   if (device.index() >= count)
     fail("INVALID_ARGUMENT", "[cuda] expected a card below ", count, ", got ", static_cast<int>(device.index()));
 }
@@ -305,8 +307,7 @@ void transfer(at::Device device, void* to, const void* from, int64_t bytes) {
 
 void zero(at::Device device, void* data, int64_t bytes) {
   const c10::cuda::CUDAGuard guard(device);
-  check(cudaMemsetAsync(data, 0, static_cast<size_t>(bytes),
-                        c10::cuda::getCurrentCUDAStream(device.index()).stream()),
+  check(cudaMemsetAsync(data, 0, static_cast<size_t>(bytes), c10::cuda::getCurrentCUDAStream(device.index()).stream()),
         "zeroing");
 }
 
@@ -314,7 +315,8 @@ void limit_memory(at::Device device, std::optional<int64_t> bytes) {
   size_t free = 0, total = 0;
   const c10::cuda::CUDAGuard guard(device);
   check(cudaMemGetInfo(&free, &total), "asking for the card's memory");
-  const double fraction = bytes.has_value() ? std::min(1.0, static_cast<double>(*bytes) / static_cast<double>(total)) : 1.0;
+  const double fraction =
+      bytes.has_value() ? std::min(1.0, static_cast<double>(*bytes) / static_cast<double>(total)) : 1.0;
   c10::cuda::CUDACachingAllocator::setMemoryFraction(fraction, device.index());
 }
 
@@ -348,7 +350,8 @@ std::unique_ptr<Copies> copies(at::Device device) { return std::make_unique<Cuda
 namespace stroma::engine::cuda {
 namespace {
 [[noreturn]] void refuse() {
-  fail("NOT_SET_UP", "[cuda] this build of the addon has no CUDA. Run `npx stroma setup --cuda`, or use device \"cpu\"");
+  fail("NOT_SET_UP",
+       "[cuda] this build of the addon has no CUDA. Run `npx stroma setup --cuda`, or use device \"cpu\"");
 }
 }  // namespace
 

@@ -1,5 +1,5 @@
-// What a CUDA device does otherwise than this process's memory: pinned host pages, copies on streams, its own allocator's
-// counters. A build without CUDA has the same functions; they refuse.
+// What a CUDA device does otherwise than this process's memory: pinned host pages, copies on streams, its own
+// allocator's counters. A build without CUDA has the same functions; they refuse.
 #pragma once
 #include <ATen/core/Tensor.h>
 

@@ -87,7 +87,8 @@ Disk::Disk(const std::string& folder, int64_t bytes) : folder_(folder), bytes_(r
   fd_ = make(O_DIRECT);
   if (fd_ < 0) fd_ = make(0);  // tmpfs knows no O_DIRECT
   if (fd_ < 0)
-    fail("DATA", "[disk] cannot make a file for state in ", folder, ": ", std::strerror(errno), ". Name another folder");
+    fail("DATA", "[disk] cannot make a file for state in ", folder, ": ", std::strerror(errno),
+         ". Name another folder");
   // The room is taken now: a full disk is an error here, not in the middle of a step.
   const int reserved = ::posix_fallocate(fd_, 0, bytes_);
   if (reserved == ENOSPC || reserved == EDQUOT || reserved == EFBIG) {
@@ -172,7 +173,8 @@ void Disk::run(int64_t offset, char* data, int64_t bytes, bool write) {
            " of the scratch file in ", folder_, ": ", std::strerror(request.error));
     if (request.damaged)
       fail("DATA", "[disk] bytes ", request.offset, " to ", request.offset + request.bytes, " of the scratch file in ",
-           folder_, " are not what was written there: the disk is failing. Resume from the last checkpoint, on another");
+           folder_,
+           " are not what was written there: the disk is failing. Resume from the last checkpoint, on another");
   }
 }
 

@@ -2,8 +2,8 @@
 //
 // Contract: offsets and lengths of read() and write() are multiples of kPage and memory is page-aligned; access() takes
 // any range and is for state that is looked at between steps. Each page's checksum is remembered when it is written and
-// compared when it is read. The file has no name (O_TMPFILE, or unlinked at once), so nothing is left behind however the
-// process ends; what must outlive a crash is a checkpoint's business.
+// compared when it is read. The file has no name (O_TMPFILE, or unlinked at once), so nothing is left behind however
+// the process ends; what must outlive a crash is a checkpoint's business.
 #pragma once
 #include <atomic>
 #include <condition_variable>

@@ -99,8 +99,8 @@ void Executor::load(Graph graph, std::optional<Placement> placement) {
   if (train_) fail("INVALID_ARGUMENT", "[session] a graph is loaded already: one session trains one model");
   auto loaded = std::make_unique<LoadedGraph>();
   loaded->programs = ready(graph);
-  state_ = std::make_unique<ModelState>(graph, spec_.dtype, spec_.format, std::move(placement), spec_.device,
-                                        account_, spec_.disk_folder);
+  state_ = std::make_unique<ModelState>(graph, spec_.dtype, spec_.format, std::move(placement), spec_.device, account_,
+                                        spec_.disk_folder);
   for (const BlockSpec& block : graph.blocks) loaded->parameters.push_back(block.parameters);
   loaded->graph = std::move(graph);
   link(*loaded);
@@ -354,7 +354,8 @@ StepResult Executor::step(const StepRequest& request, const std::atomic<bool>& c
   const Graph& graph = train_->graph;
   const Tape& tape = *request.tape;
   if (broken_)
-    fail("NATIVE", "[session] a copy failed in an earlier step, and state moved only in part. Resume from a checkpoint");
+    fail("NATIVE",
+         "[session] a copy failed in an earlier step, and state moved only in part. Resume from a checkpoint");
   if (tape.flush) fail("INVALID_ARGUMENT", "[session] expected the tape of a step, got that of a flush");
   if (static_cast<int>(request.micro_batches.size()) != tape.micro_batches)
     fail("INVALID_ARGUMENT", "[session] expected ", tape.micro_batches, " micro-batches, as the tape has, got ",
@@ -509,9 +510,9 @@ at::Tensor Executor::gradient(const std::string& name) {
   const Parameter& p = state().find(name);
   for (const auto& [block, use] : p.uses)
     if (block < static_cast<int>(last_sums_.size()) && last_sums_[block].has_value() && last_touched_[block][use])
-      return state_->memory().view(*last_sums_[block],
-                                   state_->layout[block].sums[use] * static_cast<int64_t>(c10::elementSize(state_->wide())),
-                                   p.spec.shape, state_->wide());
+      return state_->memory().view(
+          *last_sums_[block], state_->layout[block].sums[use] * static_cast<int64_t>(c10::elementSize(state_->wide())),
+          p.spec.shape, state_->wide());
   fail("INVALID_ARGUMENT", "[session] the last step left no gradient of \"", name,
        "\" (only tapes that update at the end keep them)");
 }

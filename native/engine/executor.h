@@ -98,7 +98,7 @@ class Executor {
     bool valid = false;
     double learning_rate = 0, coefficient = 1;
     int64_t seed = 0;
-    std::vector<char> touched;              // by parameter; cleared as each is updated
+    std::vector<char> touched;               // by parameter; cleared as each is updated
     std::vector<double> block_coefficients;  // clipping by block
   };
   struct Step;  // all that lives for one step

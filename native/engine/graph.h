@@ -143,7 +143,8 @@ struct Instruction {
   int block = -1, micro_batch = -1;
   std::vector<int> params, in, out, d_out, d_in;
   std::vector<char> add;
-  std::vector<int> sums;  // of a pass: one; of norm, pack and update: by user (update from retained: the retained place)
+  std::vector<int>
+      sums;  // of a pass: one; of norm, pack and update: by user (update from retained: the retained place)
   int from = -1, to = -1;
   int param = -1, state = -1;
   bool retained = false;

@@ -40,7 +40,8 @@ struct HostMemory {
 void install_host_allocator();
 HostMemory host_memory();
 void reset_host_peak();
-// What the operating system could still give this process, in its own estimate (MemAvailable, or what the cgroup leaves).
+// What the operating system could still give this process, in its own estimate (MemAvailable, or what the cgroup
+// leaves).
 int64_t available_host_bytes();
 // Gives cached blocks back to the operating system.
 void trim_host_memory();

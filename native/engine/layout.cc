@@ -42,7 +42,8 @@ std::vector<BlockLayout> layout_blocks(const Graph& graph, at::ScalarType dtype,
     for (TensorLayout& t : block.trainable) {
       t.param = elements;
       elements += t.room;
-      if (format.master != MasterWeight::kNone) t.master = take(t.room * (format.master == MasterWeight::kFloat32 ? 4 : 2));
+      if (format.master != MasterWeight::kNone)
+        t.master = take(t.room * (format.master == MasterWeight::kFloat32 ? 4 : 2));
       t.quantized = format.eight_bit && t.elements >= kLeastQuantized;
       const int64_t moment = t.quantized ? t.room : round_up(t.room * wide, kAlignBytes);
       t.first = take(moment);

@@ -46,8 +46,8 @@ void Memory::check(const Place& place, const char* what) const {
                       : place.space == Space::kDisk ? disk_bytes()
                                                     : INT64_MAX;
   if (place.offset < 0 || place.bytes < 0 || place.offset > end - place.bytes)
-    fail("TAPE", "[tape] ", what, " lies at ", place.offset, " to ", place.offset + place.bytes, " of an arena of ", end,
-         " bytes. Load the session with this plan's placement");
+    fail("TAPE", "[tape] ", what, " lies at ", place.offset, " to ", place.offset + place.bytes, " of an arena of ",
+         end, " bytes. Load the session with this plan's placement");
 }
 
 char* Memory::address(const Place& place) const {

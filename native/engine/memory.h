@@ -1,4 +1,5 @@
-// The arenas of a session: one flat range on the device, one on the host, one on disk. Places of a tape are ranges of them.
+// The arenas of a session: one flat range on the device, one on the host, one on disk. Places of a tape are ranges of
+// them.
 #pragma once
 #include <ATen/core/Tensor.h>
 

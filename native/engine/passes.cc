@@ -82,8 +82,7 @@ std::vector<at::Tensor> Executor::parameters_at(const Step& step, const Instruct
 }
 
 std::vector<at::Tensor> Executor::run_block(const LoadedGraph& loaded, int block, std::vector<at::Tensor> inputs,
-                                            const std::vector<at::Tensor>& parameters,
-                                            const DimValues& dims) const {
+                                            const std::vector<at::Tensor>& parameters, const DimValues& dims) const {
   const Program& program = loaded.programs[loaded.graph.blocks[block].program];
   std::vector<at::Tensor> values = std::move(inputs);
   values.reserve(program.spec().values);
@@ -111,7 +110,8 @@ std::vector<at::Tensor> Executor::block_inputs(Step& step, const Instruction& at
     switch (specs[i].kind) {
       case ProgramInput::Kind::kBoundary: {
         const Source& source = block.inputs[i];
-        at::Tensor leaf = boundary(step, at.in[i], at.micro_batch, source.block, source.output, specs[i].dtype).detach();
+        at::Tensor leaf =
+            boundary(step, at.in[i], at.micro_batch, source.block, source.output, specs[i].dtype).detach();
         // The same flag with and without autograd: at::matmul chooses its kernel by it.
         if (specs[i].grad) leaf.set_requires_grad(true);
         inputs.push_back(std::move(leaf));

@@ -11,7 +11,18 @@
 namespace stroma::engine {
 
 // In the order in which a file's tensors are assigned: what is finer comes after what is coarser.
-enum class StateKind : uint8_t { kParam, kMaster, kLow, kExpAvg, kExpAvgSq, kState1, kState2, kAbsmax1, kAbsmax2, kStep };
+enum class StateKind : uint8_t {
+  kParam,
+  kMaster,
+  kLow,
+  kExpAvg,
+  kExpAvgSq,
+  kState1,
+  kState2,
+  kAbsmax1,
+  kAbsmax2,
+  kStep
+};
 constexpr int kStateKinds = 10;
 const char* state_kind_name(StateKind kind);
 StateKind state_kind_from_name(const std::string& name);  // throws INVALID_ARGUMENT

@@ -82,7 +82,9 @@ Snapshot::Snapshot(const ModelState& state, const std::vector<StateKind>& kinds)
   const at::NoGradGuard no_grad;
   for (const Parameter& p : state.parameters)
     for (const StateKind kind : kinds)
-      if (copied_ && state.holds(kind, p)) tensors_.emplace(key(kind, p.spec.name), state.tensor(kind, p).to(at::kCPU, /*non_blocking=*/false, /*copy=*/true));
+      if (copied_ && state.holds(kind, p))
+        tensors_.emplace(key(kind, p.spec.name),
+                         state.tensor(kind, p).to(at::kCPU, /*non_blocking=*/false, /*copy=*/true));
 }
 
 at::Tensor Snapshot::tensor(StateKind kind, const std::string& name) const {
@@ -175,8 +177,8 @@ void read_state(ModelState& state, const std::string& path, const std::vector<Fi
     if (!state.holds(entry.kind, p))
       fail("CHECKPOINT", "[checkpoint] this model holds no ", state_kind_name(entry.kind), " of ", entry.name, ", at ",
            path);
-    const int64_t expected = c10::multiply_integers(state.shape_of(entry.kind, p)) *
-                             static_cast<int64_t>(c10::elementSize(entry.dtype));
+    const int64_t expected =
+        c10::multiply_integers(state.shape_of(entry.kind, p)) * static_cast<int64_t>(c10::elementSize(entry.dtype));
     if (entry.bytes != expected)
       fail("CHECKPOINT", "[checkpoint] expected ", expected, " bytes of ", entry.name, ", got ", entry.bytes, ", at ",
            path);

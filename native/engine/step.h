@@ -9,13 +9,13 @@ struct Executor::Step {
   const StepRequest& request;
   const Tape& tape;
   StepResult result;
-  std::vector<Batch> batches;  // on the device
-  std::vector<DimValues> dims;                                          // by micro-batch
-  std::vector<at::Tensor> slots;                                        // Space::kSlot
+  std::vector<Batch> batches;                                          // on the device
+  std::vector<DimValues> dims;                                         // by micro-batch
+  std::vector<at::Tensor> slots;                                       // Space::kSlot
   std::vector<std::vector<std::vector<std::vector<int64_t>>>> shapes;  // of boundaries: micro-batch, block, output
-  std::map<std::pair<int, int>, Kept> kept;                             // by block, micro-batch
-  std::vector<std::vector<char>> touched;                               // by block, index of parameter: sums hold something
-  std::vector<int64_t> counts;                                          // by loss term, over all micro-batches
+  std::map<std::pair<int, int>, Kept> kept;                            // by block, micro-batch
+  std::vector<std::vector<char>> touched;  // by block, index of parameter: sums hold something
+  std::vector<int64_t> counts;             // by loss term, over all micro-batches
   std::vector<std::vector<int64_t>> micro_counts;
   std::vector<at::Tensor> norms;  // by parameter; undefined where untouched
   Pending next;                   // what this step will leave

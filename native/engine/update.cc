@@ -70,9 +70,9 @@ at::Tensor Executor::summed(const Step& step, const Instruction& at, const Param
   for (const auto& [block, use] : p.uses) {
     if (!step.touched[block][use]) continue;
     const size_t user = std::find(users.begin(), users.end(), block) - users.begin();
-    const at::Tensor sum = state_->memory().view(place(step, at.sums.at(user), "sums"),
-                                                 state_->layout[block].sums[use] * itemsize, p.spec.shape,
-                                                 state_->wide());
+    const at::Tensor sum =
+        state_->memory().view(place(step, at.sums.at(user), "sums"), state_->layout[block].sums[use] * itemsize,
+                              p.spec.shape, state_->wide());
     if (!total.defined())
       total = sum;
     else if (form)
@@ -95,8 +95,7 @@ void Executor::norm(Step& step, const Instruction& at) {
       if (train_->has_backward[block]) seen.push_back(block);
   std::sort(seen.begin(), seen.end());
   seen.erase(std::unique(seen.begin(), seen.end()), seen.end());
-  for (size_t i = 0; i < seen.size() && i < at.sums.size(); ++i)
-    last_sums_[seen[i]] = place(step, at.sums[i], "sums");
+  for (size_t i = 0; i < seen.size() && i < at.sums.size(); ++i) last_sums_[seen[i]] = place(step, at.sums[i], "sums");
 }
 
 void Executor::coefficient(Step& step) {
@@ -168,10 +167,10 @@ void Executor::update(Step& step, const Instruction& at) {
   if (at.retained && !pending_.valid) return;
   if (!at.retained && step.tape.clip == Clip::kGlobal && !step.closed)
     fail("TAPE", "[tape] an update stands before the coefficient");
-  static const auto adamw = kernel<void(
-      at::Tensor&, const std::optional<at::Tensor>&, const at::Tensor&, at::Tensor&, at::Tensor&,
-      const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, double, double, double, double, double,
-      int64_t, double, at::IntArrayRef)>("stroma::adamw_");
+  static const auto adamw =
+      kernel<void(at::Tensor&, const std::optional<at::Tensor>&, const at::Tensor&, at::Tensor&, at::Tensor&,
+                  const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, double, double, double, double,
+                  double, int64_t, double, at::IntArrayRef)>("stroma::adamw_");
   static const auto dequantize =
       kernel<void(const at::Tensor&, const at::Tensor&, bool, at::Tensor&)>("stroma::dequantize_blockwise_");
   const BlockLayout& block = state_->layout[at.block];
@@ -214,7 +213,8 @@ void Executor::update(Step& step, const Instruction& at) {
       step.committed = true;
     }
     ++p.updates;
-    at::Tensor value = memory.view(param, t.param * static_cast<int64_t>(c10::elementSize(storage)), {t.elements}, storage);
+    at::Tensor value =
+        memory.view(param, t.param * static_cast<int64_t>(c10::elementSize(storage)), {t.elements}, storage);
     std::optional<at::Tensor> master, absmax1, absmax2;
     if (t.master >= 0)
       master = memory.view(state, t.master, {t.elements},

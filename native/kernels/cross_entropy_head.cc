@@ -83,8 +83,9 @@ struct CrossEntropyHead : public torch::autograd::Function<CrossEntropyHead> {
     const at::Tensor& upstream = grads[0];
     // Training seeds one: then nothing is multiplied.
     const bool one = upstream.item<double>() == 1.0;
-    TORCH_CHECK(!context->saved_data.empty(),
-                "[stroma::cross_entropy_head] its gradients were handed over by an earlier backward: run the head again");
+    TORCH_CHECK(
+        !context->saved_data.empty(),
+        "[stroma::cross_entropy_head] its gradients were handed over by an earlier backward: run the head again");
     const auto saved = std::move(context->saved_data);
     context->saved_data.clear();
     // Handed over, not shared: the weight's is as large as the weight, and whoever holds it alone need not copy it.
