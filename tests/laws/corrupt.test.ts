@@ -106,6 +106,7 @@ describe("the checker", () => {
         `\nof ${sampled} refused ones tried, ${harmless} changed no number`,
       );
     expect(missed).toEqual([]);
-    for (const [kind, { refused }] of tally) expect(refused, kind).toBeGreaterThan(0);
+    // Of a few cases, not every kind is among them.
+    if (CASES >= 2_000) for (const [kind, { refused }] of tally) expect(refused, kind).toBeGreaterThan(0);
   });
 });
