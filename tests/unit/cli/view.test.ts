@@ -105,8 +105,16 @@ describe("lines", () => {
     };
     expect(say({ ...start, step: 200, resumedFrom: "runs/a/checkpoints/step-000200" })).toBe(
       "tiny, 1.6M parameters, on planets: steps 201 to 400, 2k tokens each (breadthFirst, cpu, float32)\n" +
+        "plan: all on the device\n" +
         "resumed from runs/a/checkpoints/step-000200 after 200 steps",
     );
+    const mixed = { dtypeReason: "no fast bfloat16", precision: "bfloat16", masterWeight: "none" };
+    expect(say({ ...start, ...mixed, optimizer: "adamw8bit" })).toContain(
+      "(breadthFirst, cpu, bfloat16 parameters, computing in float32 (no fast bfloat16), master weights: none, 8-bit AdamW)",
+    );
+    expect(
+      say({ event: "profile", step: 201, files: ["a", "b"], peakDeviceBytes: 2 ** 20, predictedDeviceBytes: 2 ** 21 }),
+    ).toBe("step 201  profile device peak 1 MiB, planned 2 MiB: a, b");
     expect(say(step(201, { loss: 2.5 }))).toBe(
       "step 201/400  loss 2.500  norm 1.000  lr 1e-3  4.1k tokens/s  64 MiB  left 1m 40s",
     );
@@ -232,7 +240,7 @@ describe("which view", () => {
     view.stopping("stopping");
     view.close();
     expect(out.text).not.toContain("\u001b");
-    expect(out.text.trimEnd().split("\n")).toHaveLength(3);
+    expect(out.text.trimEnd().split("\n")).toHaveLength(4);
   });
 
   it("JSON is exactly the events, and people's sentences go elsewhere", () => {
