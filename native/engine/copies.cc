@@ -170,7 +170,7 @@ class Threaded final : public Copies {
 
 class Adversary final : public Copies {
  public:
-  explicit Adversary(int64_t seed) : state_(static_cast<uint64_t>(seed) * 2 + 1) {}
+  explicit Adversary(int64_t seed) : hasty_(seed % 3 == 0), state_(static_cast<uint64_t>(seed) * 2 + 1) {}
 
   void begin(const Tape& tape, const Memory& memory, Timeline* timeline) override {
     tape_ = &tape;
@@ -216,13 +216,15 @@ class Adversary final : public Copies {
       if (!done_[w]) return false;
     return true;
   }
-  // Whatever may run has begun: its target is lost. Now and then, one completes early.
+  // Whatever may run has begun: its target is lost. Now and then, one completes early; the hasty one's all do, which
+  // shows a place that is written before its last reader.
   void stir() {
-    for (int q = 0; q < kCopyQueues; ++q) {
-      if (queues_[q].empty() || !ready(queues_[q].front())) continue;
-      start_front(q);
-      if (draw() % 8 == 0) finish_front(q);
-    }
+    for (int q = 0; q < kCopyQueues; ++q)
+      while (!queues_[q].empty() && ready(queues_[q].front())) {
+        start_front(q);
+        if (!hasty_ && draw() % 8 != 0) break;
+        finish_front(q);
+      }
   }
   void start_front(int q) {
     if (started_[q]) return;
@@ -262,6 +264,7 @@ class Adversary final : public Copies {
   }
 
   static constexpr int64_t kPageSlack = 4096;
+  const bool hasty_;
   uint64_t state_;
   std::deque<int> queues_[kCopyQueues];
   bool started_[kCopyQueues] = {false, false, false, false};

@@ -50,6 +50,20 @@ const Graph& Executor::graph() const {
 
 namespace {
 
+// Update on backward has no way back: blocks above the one that failed have taken their step.
+[[noreturn]] void fail_step(const std::exception_ptr& failure, bool committed) {
+  if (committed) {
+    try {
+      std::rethrow_exception(failure);
+    } catch (const Error& error) {
+      fail(error.code, error.what(), ". Some blocks were updated before this: resume from a checkpoint to be exact");
+    } catch (const std::exception& error) {
+      fail("NATIVE", error.what(), ". Some blocks were updated before this: resume from a checkpoint to be exact");
+    }
+  }
+  std::rethrow_exception(failure);
+}
+
 Error out_of_memory(const std::string& block, const std::string& why, int64_t arena, int64_t passes) {
   std::ostringstream text;
   text << "[block " << block << "] " << why << ". Of what is held, " << arena
@@ -402,7 +416,7 @@ StepResult Executor::step(const StepRequest& request, const std::atomic<bool>& c
 
   walk(step, cancelled);
   pending_ = step.dead ? Pending{} : std::move(step.next);
-  if (step.failure != nullptr) std::rethrow_exception(step.failure);
+  if (step.failure != nullptr) fail_step(step.failure, step.committed);
   if (step.aborted) fail("ABORTED", "[session] the step was cancelled; nothing of it was kept");
   last_touched_ = std::move(step.touched);
   step.result.begin = begin;

@@ -110,7 +110,10 @@ export function compileJobs() {
   return Math.max(1, Math.min(availableParallelism(), Math.floor(freemem() / 2e9)));
 }
 
-/** Folder with CUDA's headers for host code: the wheels' beside torch, else the toolkit's. */
+/**
+ * Folder with CUDA's headers for host code: the wheels' beside torch, else the toolkit's. libtorch's own headers include
+ * cuda_runtime.h, which needs the compiler's crt folder: wheels of the runtime alone lack it.
+ */
 export function cudaHeaders(torchPath, cuda, nvcc) {
   const major = cuda.split(".")[0];
   const candidates = [
@@ -119,5 +122,6 @@ export function cudaHeaders(torchPath, cuda, nvcc) {
     ...(nvcc ? [join(dirname(dirname(nvcc)), "include")] : []),
     "/usr/local/cuda/include",
   ];
-  return candidates.find((folder) => existsSync(join(folder, "cuda_runtime_api.h"))) ?? null;
+  const needed = ["cuda_runtime_api.h", join("crt", "host_config.h")];
+  return candidates.find((folder) => needed.every((file) => existsSync(join(folder, file)))) ?? null;
 }

@@ -246,13 +246,12 @@ class Search {
   }
 
   result(): AutoPlan {
-    const fitting = this.best;
-    // Where nothing fits, what lacks least.
-    const chosen = fitting ?? this.nearest();
+    // Where nothing fits, what lacks least; tried again as such, it may fit after all.
+    const chosen = this.best ?? this.nearest();
     const { shape, peaks, written, simulation } = chosen;
     const { dims, batchDim = "B", gradientAccumulationSteps } = this.request;
     const report: PlanReport = {
-      fits: fitting !== null,
+      fits: chosen.over === null,
       order: shape.schedule,
       update: shape.update,
       microBatch: {
@@ -279,7 +278,8 @@ class Search {
       tapes: { step: written!.step, flush: written!.flush },
       simulation: simulation!,
       usable: this.limits,
-      missing: fitting === null ? { bytes: chosen.over!.bytes, cure: cureFor(this.graph, this.request, chosen) } : null,
+      missing:
+        chosen.over === null ? null : { bytes: chosen.over.bytes, cure: cureFor(this.graph, this.request, chosen) },
     };
   }
 
