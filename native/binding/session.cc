@@ -314,6 +314,9 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
     spec.format.master = master == "none"      ? MasterWeight::kNone
                          : master == "split16" ? MasterWeight::kSplit16
                                                : MasterWeight::kFloat32;
+    if (spec.format.eight_bit && spec.dtype == at::kDouble)
+      throw CodedError("CONFIG",
+                       "[session] 8-bit moments are for float32 and bfloat16 graphs, not float64: use \"adamw\"");
     if (options.has("sim")) {
       if (device != "sim") throw CodedError("CONFIG", "[session] options.sim is for device \"sim\"");
       const Fields sim(options.at("sim"), "options.sim");

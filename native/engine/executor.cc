@@ -336,6 +336,10 @@ void Executor::walk(Step& step, const std::atomic<bool>& cancelled) {
         step.failure = std::make_exception_ptr(
             out_of_memory(train_->graph.blocks[std::max(0, at.block)].name, error.what_without_backtrace(),
                           state_->memory().device_bytes(), device_memory().first - state_->memory().device_bytes()));
+      } catch (const c10::Error& error) {
+        step.failure =
+            std::make_exception_ptr(Error("NATIVE", "[block " + train_->graph.blocks[std::max(0, at.block)].name +
+                                                        "] " + error.what_without_backtrace()));
       } catch (...) {
         step.failure = std::current_exception();
       }
