@@ -3,8 +3,7 @@
  * the engine, which takes any tape whose places fit, gives other numbers for it, or none, under the adversary.
  *
  * The adversary delays copies, not passes: on this device a pass is over when the next instruction is issued. So of a
- * wait, only one *for a copy* can be missed in numbers; what a copy waits for among passes is the checker's alone. And a
- * copy that comes too early is seen only where nothing delayed stands before it on its queue: in a quarter of the tries.
+ * wait, only one *for a copy* can be missed in numbers; what a copy waits for among passes is the checker's alone.
  */
 import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
