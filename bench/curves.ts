@@ -38,7 +38,7 @@ const config = decoderConfig({
 const graph = traceModel(decoder, config, { mode: "train", dtype: "float32" });
 const evalGraph = traceModel(decoder, config, { mode: "eval", dtype: "float32" });
 const sequenceLength = 256;
-const microBatchSize = 4;
+const microBatchSize = 2;
 const modes: Record<string, StateFormat> = {
   "float32, adamw": { storage: "float32", masterWeight: "none", optimizer: "adamw" },
   "float32, adamw8bit": { storage: "float32", masterWeight: "none", optimizer: "adamw8bit" },
@@ -79,7 +79,7 @@ for (let seed = 1; seed <= Number(values.seeds); seed++) {
       });
       if (r.nonFinite !== null) throw new Error(`${mode}: not finite at step ${step}`);
       if (marks.includes(step + 1)) {
-        const options = { sequenceLength, microBatchSize: 8, seed: 5, microBatches: 24 };
+        const options = { sequenceLength, microBatchSize: 8, seed: 5, microBatches: 12 };
         heldOut.push((await evaluateSession(session, evalGraph, dataset, options)).loss);
       }
     }
