@@ -61,7 +61,11 @@ function sizedCase(seed: number): SizedCase {
   const clip = pick<Clip>(next, ["none", "global", "block"]);
   const storage = dtype === "float64" ? "float64" : pick(next, ["float32", "bfloat16"]);
   const masterWeight = storage === "bfloat16" ? pick(next, ["none", "split16", "float32"]) : "none";
-  const state: StateFormat = { storage, masterWeight, optimizer: dtype === "float32" && next() < 0.3 ? "adamw8bit" : "adamw" };
+  const state: StateFormat = {
+    storage,
+    masterWeight,
+    optimizer: dtype === "float32" && next() < 0.3 ? "adamw8bit" : "adamw",
+  };
   const c: LawCase = {
     graph,
     label: "",
