@@ -55,6 +55,8 @@ export interface FakeFaults {
   onWrite?: (path: string, tensor: string) => void | Promise<void>;
   /** Loss of a micro-batch to report instead, e.g. NaN. */
   loss?: (step: number, microBatch: number) => number | undefined;
+  /** Snapshots are the live state, as where memory does not hold it twice. */
+  uncopied?: boolean;
   /** Awaited inside each step. */
   onStep?: (step: number) => void | Promise<void>;
 }
@@ -235,7 +237,7 @@ export class FakeSession implements NativeSession {
     this.openSnapshots++;
     let open_ = true;
     return {
-      copied: true,
+      copied: this.faults.uncopied !== true,
       write: (path, header, entries) => this.#writeFile(copy, path, header, entries),
       dispose: () => {
         if (open_) this.openSnapshots--;

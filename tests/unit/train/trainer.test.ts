@@ -7,7 +7,7 @@ import { StromaError } from "../../../src/errors.js";
 import type { TrainEvent } from "../../../src/train/events.js";
 import { Trainer } from "../../../src/train/trainer.js";
 import { letters } from "../../support/fake-data.js";
-import { collect, fakeParts, only, SMALL, stateBytes, train } from "../../support/fake-trainer.js";
+import { collect, type FakeParts, fakeParts, only, SMALL, stateBytes, train } from "../../support/fake-trainer.js";
 
 let root: string;
 let outputDir: string;
@@ -378,6 +378,18 @@ describe("saving", () => {
     const events = await train({ ...SMALL, steps: 10, outputDir, saveEveryNSteps: 4 }, parts);
     expect(steps).toHaveLength(10);
     expect(only(events, "checkpoint").map((e) => e.step)).toEqual([4, 8, 10]);
+  });
+
+  test("from the state itself, where memory does not hold it twice, lets no step begin before its end", async () => {
+    const overlaps: number[] = [];
+    const parts: FakeParts = fakeParts({
+      uncopied: true,
+      onStep: (step) => {
+        if (parts.sessions[0]!.openSnapshots > 0) overlaps.push(step);
+      },
+    });
+    await train({ ...SMALL, steps: 10, outputDir, saveEveryNSteps: 2 }, parts);
+    expect(overlaps).toEqual([]);
   });
 
   test("after every n passes over the data", async () => {
