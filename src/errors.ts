@@ -21,6 +21,7 @@ export type ErrorCode =
   | "FILE_FORMAT" // a file that is not what its name says
   | "DATA" // a record or source that is refused
   | "DISK_FULL"
+  | "RANKS" // a rank that is missing, lost or disagrees
   | "CONFIG"; // contradictory or unknown options
 
 export class StromaError extends Error {

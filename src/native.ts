@@ -10,7 +10,7 @@ import { fileURLToPath } from "node:url";
 import { isMainThread } from "node:worker_threads";
 import { StromaError } from "./errors.js";
 import type { NativeTensorApi } from "./tensor/native-api.js";
-import type { NativeSession, SessionOptions } from "./train/native-session.js";
+import type { NativeRanks, NativeSession, RankSpec, SessionOptions } from "./train/native-session.js";
 
 /** What `stroma setup` writes as build/<id>/build.json when a build is complete; build/current.json is a copy. */
 export interface BuildRecord {
@@ -25,6 +25,8 @@ export interface BuildRecord {
 
 export interface SessionFactory {
   createSession(options: SessionOptions): NativeSession;
+  /** Resolves when all ranks are there. Rejects with RANKS, naming who is missing. */
+  joinRanks(spec: RankSpec): Promise<NativeRanks>;
   /** Ends the engine's threads of the whole process: called once, when it exits. */
   endThreads(): void;
 }

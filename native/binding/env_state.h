@@ -14,6 +14,8 @@ struct EnvState {
   std::shared_ptr<TensorDoor> door;
   /// For binding/session*.cc.
   std::shared_ptr<void> sessions;
+  /// For binding/ranks.cc.
+  std::shared_ptr<void> ranks;
 };
 
 /// Made on first use, from the environment's own thread only.

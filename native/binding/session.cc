@@ -13,6 +13,8 @@
 #include "binding/errors.h"
 #include "binding/exports.h"
 #include "binding/host_tensor.h"
+#include "binding/lane.h"
+#include "binding/ranks.h"
 #include "binding/session_decode.h"
 #include "engine/cuda_device.h"
 #include "engine/error.h"
@@ -24,144 +26,6 @@ namespace {
 
 // More tasks than this in flight and the caller is told to wait: a step's batches are memory.
 constexpr size_t kMostQueued = 8;
-
-using Finish = std::function<Napi::Value(Napi::Env)>;
-
-struct Job {
-  Napi::Promise::Deferred deferred;
-  Napi::ObjectReference owner;  // not garbage while its promise is pending
-  std::function<Finish()> work;
-  Finish finish;
-  std::optional<ErrorInfo> error;
-};
-
-ErrorInfo describe(const std::exception_ptr& error) {
-  try {
-    std::rethrow_exception(error);
-  } catch (const engine::Error& e) {
-    return {e.code, e.what(), {}};
-  } catch (...) {
-    return translate(std::current_exception());
-  }
-}
-
-// Runs f on JavaScript's thread; the engine's errors become StromaErrors.
-template <class F>
-Napi::Value entry(const Napi::CallbackInfo& info, F&& f) {
-  return guarded(info, [&]() -> Napi::Value {
-    try {
-      return f();
-    } catch (const engine::Error& e) {
-      throw CodedError(e.code, e.what());
-    }
-  });
-}
-
-class Lane;
-// process.exit() runs no cleanup hooks: the loader calls endThreads() on it, before static objects go.
-struct LiveLanes {
-  std::mutex mutex;
-  std::set<Lane*> lanes;
-};
-LiveLanes& live_lanes();
-
-// A thread and the way back from it. Tasks are counted so that the process stays alive exactly while one is under way.
-//
-// The environment's cleanup hooks run last added first, and the thread-safe function has one: this lane's hook is added
-// after it, so that the thread has ended and let go of the function before that is torn down.
-class Lane : public std::enable_shared_from_this<Lane> {
- public:
-  // on_stop: asks the task in flight to end early.
-  Lane(Napi::Env env, const char* name, std::function<void()> on_start, std::function<void()> on_stop = {})
-      : env_(env), on_stop_(std::move(on_stop)), worker_(std::move(on_start)) {
-    deliver_ =
-        Napi::ThreadSafeFunction::New(env, Napi::Function::New(env, [](const Napi::CallbackInfo&) {}), name, 0, 1);
-    deliver_.Unref(env);
-    napi_add_env_cleanup_hook(env, &Lane::on_cleanup, this);
-    const std::lock_guard lock(live_lanes().mutex);
-    live_lanes().lanes.insert(this);
-  }
-  ~Lane() { stop(); }
-
-  Napi::Value post(const Napi::CallbackInfo& info, std::function<Finish()> work) {
-    const Napi::Env env = info.Env();
-    auto* job = new Job{
-        Napi::Promise::Deferred::New(env), Napi::Persistent(info.This().As<Napi::Object>()), std::move(work), {}, {}};
-    const Napi::Promise promise = job->deferred.Promise();
-    if (pending_++ == 0) deliver_.Ref(env);
-    worker_.post([this, job, self = shared_from_this()]() mutable {
-      try {
-        job->finish = job->work();
-      } catch (...) {
-        job->error = describe(std::current_exception());
-      }
-      job->work = nullptr;
-      // The lane lives until its last result has been told, also when its session is garbage by then.
-      deliver_.NonBlockingCall(
-          job, [lane = std::move(self)](Napi::Env on, Napi::Function, Job* done) { lane->settle(on, done); });
-    });
-    return promise;
-  }
-  size_t queued() const { return worker_.queued(); }
-  // Waits for the task in flight, drops the rest. JavaScript's thread only.
-  void stop() {
-    if (stopped_) return;
-    stopped_ = true;
-    end_thread();
-    {
-      const std::lock_guard lock(live_lanes().mutex);
-      live_lanes().lanes.erase(this);
-    }
-    napi_remove_env_cleanup_hook(env_, &Lane::on_cleanup, this);
-    deliver_.Release();
-  }
-  void end_thread() {
-    if (on_stop_) on_stop_();
-    worker_.stop();
-  }
-  // Stops as soon as nothing is pending.
-  void retire() {
-    retiring_ = true;
-    if (pending_ == 0) stop();
-  }
-
- private:
-  static void on_cleanup(void* lane) { static_cast<Lane*>(lane)->stop(); }
-
-  void settle(Napi::Env env, Job* job) {
-    // The environment is going: its references can no longer be let go, and the process ends anyway.
-    if (env == nullptr || stopped_) return;
-    const std::unique_ptr<Job> owned(job);
-    const Napi::HandleScope scope(env);
-    --pending_;
-    if (pending_ == 0 && !stopped_) {
-      deliver_.Unref(env);
-      if (retiring_) stop();
-    }
-    try {
-      if (job->error.has_value())
-        job->deferred.Reject(make_error(env, *job->error));
-      else
-        job->deferred.Resolve(job->finish ? job->finish(env) : env.Undefined());
-    } catch (const Napi::Error& error) {
-      job->deferred.Reject(error.Value());
-    } catch (...) {
-      job->deferred.Reject(make_error(env, describe(std::current_exception())));
-    }
-  }
-
-  napi_env env_;
-  std::function<void()> on_stop_;
-  Napi::ThreadSafeFunction deliver_;
-  engine::Worker worker_;
-  size_t pending_ = 0;  // touched on JavaScript's thread only, as are the flags
-  bool stopped_ = false, retiring_ = false;
-};
-
-LiveLanes& live_lanes() {
-  static auto* live = new LiveLanes;
-  return *live;
-}
 
 class SessionWrap;
 class SnapshotWrap;
@@ -338,6 +202,7 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
       spec.device_bytes = options.integer("deviceMemory");
     }
     if (options.has("diskFolder")) spec.disk_folder = options.text("diskFolder");
+    if (options.has("ranks")) spec.ranks = ranks_of(options.at("ranks"));
     core_ = std::make_shared<Core>();
     core_->executor = std::make_unique<engine::Executor>(spec);
     lane_ = std::make_shared<Lane>(
@@ -464,7 +329,8 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
       out.Set("nonFinite", non_finite);
     }
     out.Set("seconds", result.seconds);
-    const char* moved[engine::kCopyQueues] = {"bytesToDevice", "bytesFromDevice", "bytesLoaded", "bytesSaved"};
+    const char* moved[engine::kCopyQueues] = {"bytesToDevice", "bytesFromDevice", "bytesLoaded",
+                                              "bytesSaved",    "bytesSent",       "bytesReceived"};
     for (int q = 0; q < engine::kCopyQueues; ++q) out.Set(moved[q], static_cast<double>(result.copied.bytes[q]));
     Napi::Array skipped = Napi::Array::New(env, result.skipped_blocks.size());
     for (size_t i = 0; i < result.skipped_blocks.size(); ++i)
@@ -691,10 +557,7 @@ void export_session(Napi::Env env, Napi::Object exports) {
   made->session = Napi::Persistent(SessionWrap::define(env));
   made->snapshot = Napi::Persistent(SnapshotWrap::define(env));
   env_state(env).sessions = made;
-  exports.Set("endThreads", Napi::Function::New(env, [](const Napi::CallbackInfo&) {
-                const std::lock_guard lock(live_lanes().mutex);
-                for (Lane* lane : live_lanes().lanes) lane->end_thread();
-              }));
+  exports.Set("endThreads", Napi::Function::New(env, [](const Napi::CallbackInfo&) { end_all_lanes(); }));
   exports.Set("createSession", Napi::Function::New(env, [](const Napi::CallbackInfo& info) -> Napi::Value {
                 return entry(info, [&]() -> Napi::Value {
                   return door(info.Env()).session.New({info.Length() > 0 ? info[0] : info.Env().Undefined()});

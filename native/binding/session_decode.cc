@@ -155,9 +155,10 @@ engine::ProgramSpec decode_program(const Napi::Value& value, const std::string& 
   program.nodes = map_array(fields.array("nodes"), fields.path("nodes"),
                             [&](const Napi::Value& v, const auto& at) { return decode_node(v, at, dims); });
   program.outputs =
-      map_array(fields.array("outputs"), fields.path("outputs"), [](const Napi::Value& v, const auto& at) {
+      map_array(fields.array("outputs"), fields.path("outputs"), [&](const Napi::Value& v, const auto& at) {
         const Fields f(v, at);
-        return engine::ProgramOutput{f.text("name"), static_cast<int>(f.integer("value")), f.flag("grad")};
+        return engine::ProgramOutput{f.text("name"), static_cast<int>(f.integer("value")), f.flag("grad"),
+                                     decode_dims(f.at("shape"), f.path("shape"), dims)};
       });
   program.values = static_cast<int>(fields.integer("values"));
   const size_t fixed = program.inputs.size() + program.parameters.size();
@@ -327,10 +328,14 @@ engine::Instruction decode_instruction(const Napi::Value& value, const std::stri
                           {"backward", Op::kBackward},
                           {"cast", Op::kCast},
                           {"norm", Op::kNorm},
+                          {"report", Op::kReport},
+                          {"agree", Op::kAgree},
                           {"coefficient", Op::kCoefficient},
                           {"pack", Op::kPack},
                           {"update", Op::kUpdate},
-                          {"copy", Op::kCopy}});
+                          {"copy", Op::kCopy},
+                          {"send", Op::kSend},
+                          {"receive", Op::kReceive}});
   const auto integer = [&f](const char* name) { return static_cast<int>(f.integer(name)); };
   result.waits = f.integers("waits");
   if (result.op == Op::kCopy) {
@@ -343,7 +348,15 @@ engine::Instruction decode_instruction(const Napi::Value& value, const std::stri
     result.bytes = f.integer("bytes");
     return result;
   }
-  if (result.op == Op::kCoefficient) return result;
+  if (result.op == Op::kSend || result.op == Op::kReceive) {
+    const bool sends = result.op == Op::kSend;
+    result.queue = sends ? CopyQueue::kSend : CopyQueue::kReceive;
+    result.peer = integer("peer");
+    (sends ? result.from : result.to) = integer("place");
+    result.bytes = f.integer("bytes");
+    return result;
+  }
+  if (result.op == Op::kCoefficient || result.op == Op::kReport || result.op == Op::kAgree) return result;
   result.block = integer("block");
   const bool passes = result.op == Op::kForward || result.op == Op::kTurn || result.op == Op::kBackward;
   if (passes) {
@@ -423,6 +436,10 @@ engine::Placement decode_placement(const Napi::Value& value, const std::string& 
     placement.param.push_back(place("param"));
     placement.state.push_back(place("state"));
   }
+  if (fields.has("stages") && !fields.at("stages").IsNull()) {
+    placement.stages = fields.integers("stages");
+    if (placement.stages.size() != placement.param.size()) refuse(fields.path("stages"), "a rank for each block");
+  }
   return placement;
 }
 
@@ -448,7 +465,7 @@ std::shared_ptr<const engine::Tape> decode_tape(const Napi::Value& value) {
   tape->places = map_array(fields.array("places"), "tape.places", decode_place);
   tape->instructions = map_array(fields.array("instructions"), "tape.instructions", decode_instruction);
   for (const auto& i : tape->instructions)
-    if (i.op == engine::Instruction::Op::kCopy) tape->has_copies = true;
+    if (i.queued()) tape->has_copies = true;
   return tape;
 }
 

@@ -11,6 +11,7 @@
 #include <mutex>
 #include <thread>
 
+#include "engine/cuda_device.h"
 #include "engine/error.h"
 
 namespace stroma::engine {
@@ -35,7 +36,13 @@ void carry_out(const Tape& tape, const Memory& memory, const Instruction& copy) 
 
 class Threaded final : public Copies {
  public:
-  explicit Threaded(const SimOptions& options) {
+  Threaded(const SimOptions& options, std::shared_ptr<Ranks> ranks)
+      : queues_(lines_among(ranks.get())),
+        busy_(queues_.size()),
+        free_at_(queues_.size()),
+        rates_(queues_.size()),
+        threads_(queues_.size()),
+        ranks_(std::move(ranks)) {
     rates_[static_cast<int>(CopyQueue::kIn)] = options.host_to_device;
     rates_[static_cast<int>(CopyQueue::kOut)] = options.device_to_host;
   }
@@ -61,8 +68,8 @@ class Threaded final : public Copies {
   }
   void issue(int instruction) override {
     const Instruction& copy = tape_->instructions[instruction];
-    const int q = static_cast<int>(copy.queue);
-    counts_.bytes[q] += copy.bytes;
+    const int q = copy.line();
+    counts_.bytes[static_cast<int>(copy.queue)] += copy.bytes;
     {
       const std::lock_guard lock(mutex_);
       queues_[q].push_back(instruction);
@@ -91,7 +98,7 @@ class Threaded final : public Copies {
       changed_.notify_all();
     }
     changed_.wait(lock, [this] {
-      for (int q = 0; q < kCopyQueues; ++q)
+      for (size_t q = 0; q < queues_.size(); ++q)
         if (!queues_[q].empty() || busy_[q]) return false;
       return true;
     });
@@ -126,7 +133,10 @@ class Threaded final : public Copies {
       const double start = now();
       std::exception_ptr failure;
       try {
-        carry_out(*tape_, *memory_, copy);
+        if (copy.op == Instruction::Op::kCopy)
+          carry_out(*tape_, *memory_, copy);
+        else
+          exchange(*tape_, *memory_, copy, *ranks_);
         throttle(q, start, copy.bytes);
       } catch (...) {
         failure = std::current_exception();
@@ -155,11 +165,13 @@ class Threaded final : public Copies {
 
   std::mutex mutex_;
   std::condition_variable changed_;
-  std::deque<int> queues_[kCopyQueues];
-  bool busy_[kCopyQueues] = {false, false, false, false};
-  double free_at_[kCopyQueues] = {0, 0, 0, 0};
-  std::optional<double> rates_[kCopyQueues];
-  std::thread threads_[kCopyQueues];
+  // By Instruction::line().
+  std::vector<std::deque<int>> queues_;
+  std::vector<char> busy_;
+  std::vector<double> free_at_;
+  std::vector<std::optional<double>> rates_;
+  std::vector<std::thread> threads_;
+  const std::shared_ptr<Ranks> ranks_;
   const Tape* tape_ = nullptr;
   const Memory* memory_ = nullptr;
   Timeline* timeline_ = nullptr;
@@ -267,7 +279,7 @@ class Adversary final : public Copies {
   const bool hasty_;
   uint64_t state_;
   std::deque<int> queues_[kCopyQueues];
-  bool started_[kCopyQueues] = {false, false, false, false};
+  bool started_[kCopyQueues] = {};
   const Tape* tape_ = nullptr;
   const Memory* memory_ = nullptr;
   Timeline* timeline_ = nullptr;
@@ -276,7 +288,23 @@ class Adversary final : public Copies {
 
 }  // namespace
 
-std::unique_ptr<Copies> threaded_copies(const SimOptions& options) { return std::make_unique<Threaded>(options); }
+void exchange(const Tape& tape, const Memory& memory, const Instruction& at, Ranks& ranks) {
+  const bool sends = at.op == Instruction::Op::kSend;
+  const at::Tensor held = memory.view(tape.places[sends ? at.from : at.to], 0, {at.bytes}, at::kByte);
+  const bool here = held.is_cpu();
+  const at::Tensor bytes = here ? held : at::empty({at.bytes}, at::kByte);
+  if (sends) {
+    if (!here) cuda::transfer(held.device(), bytes.mutable_data_ptr(), held.const_data_ptr(), at.bytes);
+    ranks.send(Ranks::Channel::kData, bytes, at.peer);
+  } else {
+    ranks.receive(Ranks::Channel::kData, bytes, at.peer);
+    if (!here) cuda::transfer(held.device(), held.mutable_data_ptr(), bytes.const_data_ptr(), at.bytes);
+  }
+}
+
+std::unique_ptr<Copies> threaded_copies(const SimOptions& options, std::shared_ptr<Ranks> ranks) {
+  return std::make_unique<Threaded>(options, std::move(ranks));
+}
 std::unique_ptr<Copies> adversary_copies(int64_t seed) { return std::make_unique<Adversary>(seed); }
 
 }  // namespace stroma::engine

@@ -1,16 +1,20 @@
-// The copy queues of a step: host to device, device to host, disk to host, host to disk. Each runs its instructions in
-// order; an instruction begins when what it waits for is done. The executor issues copies where they stand in the tape,
-// asks await() before each of its own instructions and tells finished() after it.
+// The copy queues of a step: host to device, device to host, disk to host, host to disk, and to and from other ranks.
+// Each runs its instructions in order; an instruction begins when what it waits for is done. The executor issues copies
+// where they stand in the tape, asks await() before each of its own instructions and tells finished() after it.
 #pragma once
 #include <memory>
 
 #include "engine/memory.h"
+#include "engine/ranks.h"
 
 namespace stroma::engine {
 
 struct CopyCounts {
-  int64_t bytes[kCopyQueues] = {0, 0, 0, 0};  // by CopyQueue
+  int64_t bytes[kCopyQueues] = {};  // by CopyQueue
 };
+
+// Queues that a session with these ranks has: Instruction::line().
+inline int lines_among(const Ranks* ranks) { return Instruction::lines(ranks == nullptr ? 0 : ranks->spec().size); }
 
 // When an instruction ran, in seconds of the steady clock; by position in the tape.
 struct Timeline {
@@ -40,8 +44,13 @@ class Copies {
   CopyCounts counts_;
 };
 
-// A thread for each queue, started by the first copy.
-std::unique_ptr<Copies> threaded_copies(const SimOptions& options);
+// Carries out a send or receive; returns when it is done. Gloo talks from this process's memory: what lies on a card
+// goes through it.
+void exchange(const Tape& tape, const Memory& memory, const Instruction& at, Ranks& ranks);
+
+// A thread for each queue, started by the first copy. ranks: whom sends and receives go through; null where there are
+// none.
+std::unique_ptr<Copies> threaded_copies(const SimOptions& options, std::shared_ptr<Ranks> ranks);
 // No threads: every copy completes as late and in as odd an order as its waits allow, its target full of NaN until
 // then.
 std::unique_ptr<Copies> adversary_copies(int64_t seed);

@@ -54,7 +54,12 @@ class Event {
 // disk.
 class CudaCopies final : public Copies {
  public:
-  explicit CudaCopies(at::Device device) : device_(device) {
+  CudaCopies(at::Device device, std::shared_ptr<Ranks> ranks)
+      : device_(device),
+        queues_(lines_among(ranks.get())),
+        busy_(queues_.size()),
+        threads_(queues_.size()),
+        ranks_(std::move(ranks)) {
     const c10::cuda::CUDAGuard guard(device_);
     for (int direction = 0; direction < 2; ++direction)
       streams_.push_back(c10::cuda::getStreamFromPool(/*isHighPriority=*/true, device_.index()));
@@ -103,8 +108,8 @@ class CudaCopies final : public Copies {
 
   void issue(int instruction) override {
     const Instruction& copy = tape_->instructions[instruction];
-    const int q = static_cast<int>(copy.queue);
-    counts_.bytes[q] += copy.bytes;
+    const int q = copy.line();
+    counts_.bytes[static_cast<int>(copy.queue)] += copy.bytes;
     {
       const std::lock_guard lock(mutex_);
       queues_[q].push_back(instruction);
@@ -142,7 +147,7 @@ class CudaCopies final : public Copies {
       if (abort) aborted_ = true;
       changed_.notify_all();
       changed_.wait(lock, [this] {
-        for (int q = 0; q < kCopyQueues; ++q)
+        for (size_t q = 0; q < queues_.size(); ++q)
           if (!queues_[q].empty() || busy_[q]) return false;
         return true;
       });
@@ -158,7 +163,7 @@ class CudaCopies final : public Copies {
   cudaStream_t compute() const { return c10::cuda::getCurrentCUDAStream(device_.index()).stream(); }
   bool on_stream(int instruction) const {
     const Instruction& at = tape_->instructions[instruction];
-    return at.op != Instruction::Op::kCopy || at.queue == CopyQueue::kIn || at.queue == CopyQueue::kOut;
+    return !at.queued() || at.queue == CopyQueue::kIn || at.queue == CopyQueue::kOut;
   }
   bool ready(const std::vector<int>& waits) const {
     for (const int w : waits)
@@ -197,18 +202,20 @@ class CudaCopies final : public Copies {
     }
   }
 
+  const Place& at(int place) const { return tape_->places[place]; }
   void carry_out(int instruction) {
     const Instruction& copy = tape_->instructions[instruction];
-    const Place &from = tape_->places[copy.from], &to = tape_->places[copy.to];
-    if (copy.queue == CopyQueue::kLoad || copy.queue == CopyQueue::kSave) {
+    if (!on_stream(instruction)) {
       // The host touches these bytes itself: what streams still do to them must be over.
       for (const int w : copy.waits)
         if (on_stream(w)) check(cudaEventSynchronize(events_[w].get()), "waiting for a copy");
       const double start = steady_seconds();
-      if (copy.queue == CopyQueue::kLoad)
-        memory_->disk().read(from.offset + copy.at, memory_->address(to) + copy.at, copy.bytes);
+      if (copy.op != Instruction::Op::kCopy)
+        exchange(*tape_, *memory_, copy, *ranks_);
+      else if (copy.queue == CopyQueue::kLoad)
+        memory_->disk().read(at(copy.from).offset + copy.at, memory_->address(at(copy.to)) + copy.at, copy.bytes);
       else
-        memory_->disk().write(to.offset + copy.at, memory_->address(from) + copy.at, copy.bytes);
+        memory_->disk().write(at(copy.to).offset + copy.at, memory_->address(at(copy.from)) + copy.at, copy.bytes);
       if (timeline_ != nullptr) {
         timeline_->start[instruction] = start;
         timeline_->end[instruction] = steady_seconds();
@@ -219,7 +226,7 @@ class CudaCopies final : public Copies {
     for (const int w : copy.waits)
       if (on_stream(w)) check(cudaStreamWaitEvent(stream, events_[w].get(), 0), "a stream's wait");
     if (timeline_ != nullptr) starts_[instruction].record(stream);
-    check(cudaMemcpyAsync(memory_->address(to) + copy.at, memory_->address(from) + copy.at,
+    check(cudaMemcpyAsync(memory_->address(at(copy.to)) + copy.at, memory_->address(at(copy.from)) + copy.at,
                           static_cast<size_t>(copy.bytes), cudaMemcpyDefault, stream),
           "a copy");
     if (timeline_ != nullptr) ends_[instruction].record(stream);
@@ -251,9 +258,11 @@ class CudaCopies final : public Copies {
   double base_seconds_ = 0;
   std::mutex mutex_;
   std::condition_variable changed_;
-  std::deque<int> queues_[kCopyQueues];
-  bool busy_[kCopyQueues] = {false, false, false, false};
-  std::thread threads_[kCopyQueues];
+  // By Instruction::line().
+  std::vector<std::deque<int>> queues_;
+  std::vector<char> busy_;
+  std::vector<std::thread> threads_;
+  const std::shared_ptr<Ranks> ranks_;
   const Tape* tape_ = nullptr;
   const Memory* memory_ = nullptr;
   Timeline* timeline_ = nullptr;
@@ -341,7 +350,9 @@ StreamScope::StreamScope(at::Device device) {
 }
 StreamScope::~StreamScope() = default;
 
-std::unique_ptr<Copies> copies(at::Device device) { return std::make_unique<CudaCopies>(device); }
+std::unique_ptr<Copies> copies(at::Device device, std::shared_ptr<Ranks> ranks) {
+  return std::make_unique<CudaCopies>(device, std::move(ranks));
+}
 
 }  // namespace stroma::engine::cuda
 
@@ -367,7 +378,7 @@ void give_back() {}
 struct StreamScope::State {};
 StreamScope::StreamScope(at::Device) { refuse(); }
 StreamScope::~StreamScope() = default;
-std::unique_ptr<Copies> copies(at::Device) { refuse(); }
+std::unique_ptr<Copies> copies(at::Device, std::shared_ptr<Ranks>) { refuse(); }
 
 }  // namespace stroma::engine::cuda
 

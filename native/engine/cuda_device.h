@@ -41,6 +41,6 @@ class StreamScope {
 
 // A stream for each direction, and threads for the disk queues. Instructions of the compute queue are ordered by events
 // of the current stream.
-std::unique_ptr<Copies> copies(at::Device device);
+std::unique_ptr<Copies> copies(at::Device device, std::shared_ptr<Ranks> ranks);
 
 }  // namespace stroma::engine::cuda

@@ -30,11 +30,14 @@ Executor::Executor(const SessionSpec& spec) : spec_(spec), account_(Account::mak
   if (!spec_.device.is_cpu()) {
     cuda::check_device(spec_.device);
     cuda::limit_memory(spec_.device, spec_.device_bytes);
-    copies_ = cuda::copies(spec_.device);
+    copies_ = cuda::copies(spec_.device, spec_.ranks);
     return;
   }
   if (spec_.device_bytes.has_value()) account_.cap = *spec_.device_bytes;
-  copies_ = spec_.sim.adversary.has_value() ? adversary_copies(*spec_.sim.adversary) : threaded_copies(spec_.sim);
+  if (spec_.ranks && spec_.sim.adversary.has_value())
+    fail("CONFIG", "[session] the adversary plays within one process: it does not go with ranks");
+  copies_ = spec_.sim.adversary.has_value() ? adversary_copies(*spec_.sim.adversary)
+                                            : threaded_copies(spec_.sim, spec_.ranks);
 }
 
 ModelState& Executor::state() {
@@ -114,7 +117,7 @@ void Executor::load(Graph graph, std::optional<Placement> placement) {
   auto loaded = std::make_unique<LoadedGraph>();
   loaded->programs = ready(graph);
   state_ = std::make_unique<ModelState>(graph, spec_.dtype, spec_.format, std::move(placement), spec_.device, account_,
-                                        spec_.disk_folder);
+                                        spec_.disk_folder, spec_.ranks != nullptr);
   for (const BlockSpec& block : graph.blocks) loaded->parameters.push_back(block.parameters);
   loaded->graph = std::move(graph);
   link(*loaded);
@@ -192,6 +195,7 @@ void Executor::prepare(const Tape& tape) const {
   bool equal = tape.placement.param.size() == ours.param.size() && tape.placement.state.size() == ours.state.size();
   for (size_t b = 0; equal && b < ours.param.size(); ++b)
     equal = same(tape.placement.param[b], ours.param[b]) && same(tape.placement.state[b], ours.state[b]);
+  equal = equal && tape.placement.stages == ours.stages;
   if (!equal)
     fail("TAPE", "[tape] has other homes for the state than this session. Load the session with this plan's placement");
   for (const Place& place : tape.places) {
@@ -226,7 +230,20 @@ void Executor::prepare(const Tape& tape) const {
         fail("TAPE", "[tape] a copy goes beyond its places, at instruction ", i);
       continue;
     }
-    if (at.op == Op::kCoefficient) continue;
+    if (at.op == Op::kSend || at.op == Op::kReceive) {
+      const int place = at.op == Op::kSend ? at.from : at.to;
+      const int ranks = spec_.ranks ? spec_.ranks->spec().size : 1;
+      if (place < 0 || tape.places[place].space == Space::kSlot || tape.places[place].space == Space::kDisk)
+        fail("TAPE", "[tape] what ranks exchange lies on the device or the host, at instruction ", i);
+      if (at.bytes < 0 || at.bytes > tape.places[place].bytes)
+        fail("TAPE", "[tape] a rank is sent more than its place holds, at instruction ", i);
+      if (at.peer < 0 || at.peer >= ranks || at.peer == spec_.ranks->spec().rank)
+        fail("TAPE", "[tape] there is no other rank ", at.peer, " of ", ranks, ", at instruction ", i);
+      continue;
+    }
+    if ((at.op == Op::kReport || at.op == Op::kAgree) && !spec_.ranks)
+      fail("TAPE", "[tape] there are no ranks to agree with, at instruction ", i);
+    if (at.op == Op::kCoefficient || at.op == Op::kReport || at.op == Op::kAgree) continue;
     if (at.block < 0 || at.block >= blocks) fail("TAPE", "[tape] there is no block ", at.block);
     const bool passes = at.op == Op::kForward || at.op == Op::kTurn || at.op == Op::kBackward;
     if (passes && (at.micro_batch < 0 || at.micro_batch >= tape.micro_batches))
@@ -238,6 +255,9 @@ void Executor::execute(Step& step, const Instruction& at) {
   if (step.dead) {
     // Updates that an earlier step left pending are still carried out: their stores follow.
     if (at.op == Op::kUpdate && at.retained) update(step, at);
+    // Other ranks wait to hear of it.
+    if (at.op == Op::kReport) report(step);
+    if (at.op == Op::kAgree || (at.op == Op::kCoefficient && spec_.ranks)) exchange(step);
     return;
   }
   switch (at.op) {
@@ -271,6 +291,12 @@ void Executor::execute(Step& step, const Instruction& at) {
     case Op::kNorm:
       norm(step, at);
       break;
+    case Op::kReport:
+      report(step);
+      break;
+    case Op::kAgree:
+      exchange(step);
+      break;
     case Op::kCoefficient:
       coefficient(step);
       break;
@@ -281,6 +307,8 @@ void Executor::execute(Step& step, const Instruction& at) {
       update(step, at);
       break;
     case Op::kCopy:
+    case Op::kSend:
+    case Op::kReceive:
       break;
   }
   // A loss or norm that is not finite ends the arithmetic of the step.
@@ -320,12 +348,12 @@ void Executor::walk(Step& step, const std::atomic<bool>& cancelled) {
   try {
     for (size_t i = 0; i < tape.instructions.size(); ++i) {
       const Instruction& at = tape.instructions[i];
-      if (at.op == Op::kCopy) {
+      if (at.queued()) {
         copies_->issue(static_cast<int>(i));
         continue;
       }
-      if (cancelled.load() && !tape.flush && !step.dead && !step.committed && !(step.closed && !tape.has_copies))
-        step.dead = step.aborted = true;
+      const bool settled = step.agreed || (step.closed && !tape.has_copies);
+      if (cancelled.load() && !tape.flush && !step.dead && !step.committed && !settled) step.dead = step.aborted = true;
       if (step.dead && !tape.has_copies) break;  // nothing is on its way
       copies_->await(static_cast<int>(i));
       if (profile.has_value()) profile->timeline.start[i] = steady_seconds();
@@ -396,10 +424,12 @@ StepResult Executor::step(const StepRequest& request, const std::atomic<bool>& c
   step.result.losses.assign(graph.losses.size(), 0);
   step.result.micro_batch_losses.assign(tape.micro_batches, 0);
   step.counts.assign(graph.losses.size(), 0);
+  step.losses.assign(graph.losses.size(), std::vector<std::optional<double>>(tape.micro_batches));
   step.shapes.resize(tape.micro_batches);
   for (auto& by_block : step.shapes) by_block.resize(graph.blocks.size());
   for (const BlockSpec& block : graph.blocks) step.touched.emplace_back(block.parameters.size(), 0);
   step.batches = request.micro_batches;
+  const std::vector<int>& stages = state_->placement().stages;
   for (int m = 0; m < tape.micro_batches; ++m) {
     const Batch& batch = request.micro_batches[m];
     step.dims.push_back(bind(graph, batch, "micro-batch " + std::to_string(m)));
@@ -407,6 +437,15 @@ StepResult Executor::step(const StepRequest& request, const std::atomic<bool>& c
     for (const LossTerm& term : graph.losses) counts.push_back(count(term, batch));
     for (size_t i = 0; i < counts.size(); ++i) step.counts[i] += counts[i];
     step.micro_counts.push_back(std::move(counts));
+    // Boundaries that come from other ranks have the shapes that the graph says.
+    for (size_t b = 0; b < stages.size(); ++b) {
+      if (stages[b] == spec_.ranks->spec().rank) continue;
+      for (const ProgramOutput& output : graph.programs[graph.blocks[b].program].outputs) {
+        std::vector<int64_t> shape;
+        for (const Expression& size : output.shape) shape.push_back(size.evaluate(graph.dims, step.dims[m]));
+        step.shapes[m][b].push_back(std::move(shape));
+      }
+    }
     if (!spec_.device.is_cpu())
       for (auto& [name, tensor] : step.batches[m]) tensor = tensor.to(spec_.device);
   }
@@ -420,8 +459,11 @@ StepResult Executor::step(const StepRequest& request, const std::atomic<bool>& c
 
   walk(step, cancelled);
   pending_ = step.dead ? Pending{} : std::move(step.next);
-  if (step.failure != nullptr) fail_step(step.failure, step.committed);
+  // Others may have updated once they had agreed.
+  const bool committed = step.committed || (step.agreed && tape.update == UpdateOrder::kBackward);
+  if (step.failure != nullptr) fail_step(step.failure, committed);
   if (step.aborted) fail("ABORTED", "[session] the step was cancelled; nothing of it was kept");
+  total_losses(step);
   last_touched_ = std::move(step.touched);
   step.result.begin = begin;
   step.result.seconds = steady_seconds() - begin;
@@ -460,10 +502,18 @@ std::map<std::string, at::Tensor> Executor::run(const std::string& name, const B
   std::vector<int> last_use(flat.size(), -1);
   for (size_t b = 0; b < graph.blocks.size(); ++b)
     for (const int owner : loaded.owners[b]) last_use[owner] = static_cast<int>(b);
+  const std::vector<int> rank_of = ranks_of_blocks(loaded);
+  const auto read = readers(loaded, rank_of);
+  const int self = spec_.ranks ? spec_.ranks->spec().rank : 0;
   std::vector<std::vector<at::Tensor>> boundaries(graph.blocks.size());
   for (size_t b = 0; b < graph.blocks.size(); ++b) {
     const BlockSpec& block = graph.blocks[b];
     const auto& specs = loaded.programs[block.program].spec().inputs;
+    if (rank_of[b] != self) {
+      boundaries[b].resize(loaded.programs[block.program].spec().outputs.size());
+      share(boundaries[b], read[b], rank_of[b]);
+      continue;
+    }
     std::vector<at::Tensor> inputs;
     for (size_t i = 0; i < specs.size(); ++i) {
       const Source& source = block.inputs[i];
@@ -501,6 +551,7 @@ std::map<std::string, at::Tensor> Executor::run(const std::string& name, const B
                                .view(parameter.spec.shape));
     }
     boundaries[b] = run_block(loaded, static_cast<int>(b), std::move(inputs), parameters, dims);
+    if (spec_.ranks) share(boundaries[b], read[b], self);
     for (const int owner : loaded.owners[b])
       if (last_use[owner] == static_cast<int>(b)) flat[owner].reset();
     for (size_t e = 0; e <= b; ++e)

@@ -29,6 +29,7 @@ struct SessionSpec {
   std::optional<int64_t> device_bytes;  // cap of a simulated device; a CUDA device's share that may be used
   SimOptions sim;
   std::string disk_folder;
+  std::shared_ptr<Ranks> ranks;  // null: this session trains alone
 };
 
 struct StepRequest {
@@ -110,6 +111,12 @@ class Executor {
   std::vector<at::Tensor> run_block(const LoadedGraph& loaded, int block, std::vector<at::Tensor> inputs,
                                     const std::vector<at::Tensor>& parameters, const DimValues& dims) const;
   at::Tensor flat_parameters(int owner) const;
+  // With ranks (exchange.cc).
+  void report(Step& step);
+  void exchange(Step& step);
+  std::vector<int> ranks_of_blocks(const LoadedGraph& loaded) const;
+  std::vector<std::vector<char>> readers(const LoadedGraph& loaded, const std::vector<int>& rank_of) const;
+  void share(std::vector<at::Tensor>& outputs, const std::vector<char>& readers, int from) const;
 
   std::pair<int64_t, int64_t> device_memory() const;  // live, peak
   void reset_device_peak();
@@ -123,6 +130,7 @@ class Executor {
   std::vector<at::Tensor> parameters_at(const Step& step, const Instruction& at) const;
   std::vector<at::Tensor> block_inputs(Step& step, const Instruction& at) const;
   Kept forward(Step& step, const Instruction& at, bool with_grad);
+  void total_losses(Step& step) const;
   void store_outputs(Step& step, const Instruction& at, const Kept& ran);
   void backward(Step& step, const Instruction& at, const Kept& ran);
   void record_loss(Step& step, const Instruction& at, const Kept& ran);

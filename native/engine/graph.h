@@ -42,6 +42,7 @@ struct ProgramOutput {
   std::string name;
   int value;
   bool grad;
+  std::vector<Expression> shape;
 };
 
 struct ProgramSpec {
@@ -119,8 +120,8 @@ enum class MasterWeight : uint8_t { kNone, kSplit16, kFloat32 };
 enum class RetainedDType : uint8_t { kFloat32, kFloat64, kBFloat16, kDynamic8 };
 enum class Clip : uint8_t { kNone, kBlock, kGlobal };
 enum class UpdateOrder : uint8_t { kEnd, kBackward, kForward };
-enum class CopyQueue : uint8_t { kIn, kOut, kLoad, kSave };
-constexpr int kCopyQueues = 4;
+enum class CopyQueue : uint8_t { kIn, kOut, kLoad, kSave, kSend, kReceive };
+constexpr int kCopyQueues = 6;
 
 // How parameters and optimizer state are stored.
 struct StateFormat {
@@ -134,11 +135,29 @@ struct StateFormat {
 struct Placement {
   int64_t device_bytes = 0, host_bytes = 0, disk_bytes = 0;
   std::vector<std::optional<Place>> param, state;  // by block
+  // By block: the rank that holds and runs it; empty: this one, all. Blocks of other ranks have no homes here.
+  std::vector<int> stages;
 };
 
 // Fields by op as in src/plan/types.ts; operands are indices into Tape::places, -1 where there is none.
 struct Instruction {
-  enum class Op : uint8_t { kForward, kTurn, kBackward, kCast, kNorm, kCoefficient, kPack, kUpdate, kCopy } op;
+  enum class Op : uint8_t {
+    kForward,
+    kTurn,
+    kBackward,
+    kCast,
+    kNorm,
+    kReport,
+    kAgree,
+    kCoefficient,
+    kPack,
+    kUpdate,
+    kCopy,
+    kSend,
+    kReceive
+  } op;
+  // Whether it runs on a queue beside compute.
+  bool queued() const { return op == Op::kCopy || op == Op::kSend || op == Op::kReceive; }
   bool keep = false, first = false;
   int block = -1, micro_batch = -1;
   std::vector<int> params, in, out, d_out, d_in;
@@ -150,8 +169,13 @@ struct Instruction {
   bool retained = false;
   RetainedDType dtype = RetainedDType::kFloat32;
   CopyQueue queue = CopyQueue::kIn;
+  int peer = -1;  // of send (from) and receive (to)
   int64_t at = 0, bytes = 0;
   std::vector<int> waits;
+  // The queue that it waits its turn on: one for each direction and peer, or one peer would hold up another.
+  int line() const { return op == Op::kCopy ? static_cast<int>(queue) : kLines + 2 * peer + (op == Op::kReceive); }
+  static constexpr int kLines = 4;
+  static constexpr int lines(int ranks) { return kLines + 2 * ranks; }
 };
 
 struct Tape {
@@ -163,7 +187,7 @@ struct Tape {
   Placement placement;
   std::vector<Place> places;
   std::vector<Instruction> instructions;
-  bool has_copies = false;
+  bool has_copies = false;  // or anything else that is queued
 };
 
 }  // namespace stroma::engine

@@ -162,19 +162,28 @@ void Executor::record_loss(Step& step, const Instruction& at, const Kept& ran) {
     const int term = loss_of(train_->graph, at.block, static_cast<int>(o));
     if (term < 0) continue;
     const double value = ran.outputs[o].item<double>();
-    const double weighted = value * train_->graph.losses[term].weight;
-    step.result.losses[term] += value;
-    step.result.loss += weighted;
-    const int64_t count = step.micro_counts[at.micro_batch][term];
-    if (count > 0)
-      step.result.micro_batch_losses[at.micro_batch] +=
-          weighted * static_cast<double>(step.counts[term]) / static_cast<double>(count);
+    step.losses[term][at.micro_batch] = value;
     if (!std::isfinite(value) && step.result.finite) {
       step.result.finite = false;
       step.result.non_finite_micro_batch = at.micro_batch;
       step.result.non_finite_loss = value;
     }
   }
+}
+
+// In the order of terms and micro-batches, whichever ran first and wherever.
+void Executor::total_losses(Step& step) const {
+  for (size_t term = 0; term < step.losses.size(); ++term)
+    for (size_t m = 0; m < step.losses[term].size(); ++m) {
+      if (!step.losses[term][m].has_value()) continue;
+      const double value = *step.losses[term][m], weighted = value * train_->graph.losses[term].weight;
+      step.result.losses[term] += value;
+      step.result.loss += weighted;
+      const int64_t count = step.micro_counts[m][term];
+      if (count > 0)
+        step.result.micro_batch_losses[m] +=
+            weighted * static_cast<double>(step.counts[term]) / static_cast<double>(count);
+    }
 }
 
 void Executor::store_outputs(Step& step, const Instruction& at, const Kept& ran) {

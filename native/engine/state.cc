@@ -41,7 +41,7 @@ StateKind state_kind_from_name(const std::string& name) {
 
 ModelState::ModelState(const Graph& graph, at::ScalarType dtype, const StateFormat& format,
                        std::optional<Placement> placement, at::Device device, Account& account,
-                       const std::string& disk_folder)
+                       const std::string& disk_folder, bool among_ranks)
     : layout(layout_blocks(graph, dtype, format)), dtype_(dtype), device_(device), format_(format) {
   placement_ = placement.has_value() ? std::move(*placement) : resident_placement(layout);
   if (placement_.param.size() != layout.size() || placement_.state.size() != layout.size())
@@ -52,9 +52,15 @@ ModelState::ModelState(const Graph& graph, at::ScalarType dtype, const StateForm
     parameters[i].layout.parameter = -1;
     index_.emplace(parameters[i].spec.name, static_cast<int>(i));
   }
+  if (!placement_.stages.empty() != among_ranks)
+    fail("TAPE", "[tape] expected a plan for ", among_ranks ? "several ranks" : "one rank", ", got one for ",
+         among_ranks ? "one rank" : "several ranks");
   for (size_t b = 0; b < layout.size(); ++b) {
-    check_home(placement_.param[b], layout[b].param_bytes, "parameters", graph.blocks[b].name);
-    check_home(placement_.state[b], layout[b].state_bytes, "optimizer state", graph.blocks[b].name);
+    const bool foreign = among_ranks && !placement_.param[b].has_value() && !placement_.state[b].has_value();
+    if (!foreign) {
+      check_home(placement_.param[b], layout[b].param_bytes, "parameters", graph.blocks[b].name);
+      check_home(placement_.state[b], layout[b].state_bytes, "optimizer state", graph.blocks[b].name);
+    }
     for (const auto* list : {&layout[b].trainable, &layout[b].frozen})
       for (const TensorLayout& t : *list) parameters[t.parameter].layout = t;
     for (size_t i = 0; i < layout[b].sums.size(); ++i)
@@ -77,6 +83,7 @@ Parameter& ModelState::find(const std::string& name) {
 }
 
 bool ModelState::holds(StateKind kind, const Parameter& p) const {
+  if (!owns(p)) return false;
   if (kind == StateKind::kParam) return true;
   if (!p.spec.trainable) return false;
   switch (kind) {
@@ -148,7 +155,7 @@ ModelState::Range ModelState::range(StateKind kind, const Parameter& p) const {
 }
 
 bool ModelState::in_host_memory(StateKind kind, const Parameter& p) const {
-  if (kind == StateKind::kStep) return false;
+  if (kind == StateKind::kStep || !owns(p)) return false;
   const Space space = range(kind, p).home->space;
   return space == Space::kHost || (space == Space::kDevice && device_.is_cpu());
 }
@@ -161,6 +168,7 @@ bool ModelState::fits_twice() const {
 }
 
 at::Tensor ModelState::tensor(StateKind kind, const Parameter& p) const {
+  if (!owns(p)) fail("INVALID_ARGUMENT", "[session] another rank holds ", p.spec.name);
   if (kind == StateKind::kStep) return at::scalar_tensor(p.updates, at::kLong);
   const Range r = range(kind, p);
   if (r.home->space != Space::kDisk) return memory_->view(*r.home, r.offset, shape_of(kind, p), dtype_of(kind));
@@ -180,6 +188,7 @@ void ModelState::put(StateKind kind, const Parameter& p, const at::Tensor& value
 }
 
 void ModelState::assign(StateKind kind, Parameter& p, const at::Tensor& value) {
+  if (!owns(p)) fail("INVALID_ARGUMENT", "[session] another rank holds ", p.spec.name);
   if (kind == StateKind::kStep) {
     const int64_t step = value.item<int64_t>();
     if (step < 0) fail("INVALID_ARGUMENT", "[session] expected step >= 0 of ", p.spec.name, ", got ", step);
@@ -208,6 +217,7 @@ void ModelState::initialize(int64_t seed) {
   for (const std::optional<Place>& home : placement_.state)
     if (home.has_value()) memory_->zero(*home);
   for (Parameter& p : parameters) {
+    if (!owns(p)) continue;
     const Init& init = p.spec.init;
     at::Tensor drawn;
     const auto shape = at::IntArrayRef(p.spec.shape);
@@ -234,7 +244,9 @@ void ModelState::initialize(int64_t seed) {
 
 int64_t ModelState::bytes() const {
   int64_t total = 0;
-  for (const BlockLayout& block : layout) total += block.param_bytes + block.state_bytes;
+  for (const auto* homes : {&placement_.param, &placement_.state})
+    for (const std::optional<Place>& home : *homes)
+      if (home.has_value()) total += home->bytes;
   return total;
 }
 

@@ -39,12 +39,14 @@ class ModelState {
  public:
   // dtype: of the graph. Throws TAPE for a placement that does not fit, OUT_OF_MEMORY, DISK_FULL.
   ModelState(const Graph& graph, at::ScalarType dtype, const StateFormat& format, std::optional<Placement> placement,
-             at::Device device, Account& account, const std::string& disk_folder);
+             at::Device device, Account& account, const std::string& disk_folder, bool among_ranks);
 
   std::vector<Parameter> parameters;
   std::vector<BlockLayout> layout;  // by block
 
   Parameter& find(const std::string& name);  // throws INVALID_ARGUMENT
+  // False: another rank holds it, and this one no state of it.
+  bool owns(const Parameter& parameter) const { return placement_.param[parameter.spec.owner].has_value(); }
   // False where this model has no such kind (moments of a frozen parameter, masters of an fp32 model).
   bool holds(StateKind kind, const Parameter& parameter) const;
   at::ScalarType dtype_of(StateKind kind) const;

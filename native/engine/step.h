@@ -17,12 +17,15 @@ struct Executor::Step {
   std::vector<std::vector<char>> touched;  // by block, index of parameter: sums hold something
   std::vector<int64_t> counts;             // by loss term, over all micro-batches
   std::vector<std::vector<int64_t>> micro_counts;
-  std::vector<at::Tensor> norms;  // by parameter; undefined where untouched
-  Pending next;                   // what this step will leave
+  std::vector<std::vector<std::optional<double>>> losses;  // by loss term, micro-batch
+  std::vector<at::Tensor> norms;                           // by parameter; undefined where untouched
+  Pending next;                                            // what this step will leave
   double coefficient = 1;
-  bool closed = false;     // the coefficient is known
-  bool committed = false;  // this step's own gradients have changed a parameter
-  bool dead = false;       // not finite or cancelled: no more arithmetic, only what keeps the state whole
+  Ranks::Gathering reported;  // what this rank has told the others, and waits to hear of them
+  bool agreed = false;        // the ranks know each other's losses and failures
+  bool closed = false;        // the coefficient is known
+  bool committed = false;     // this step's own gradients have changed a parameter
+  bool dead = false;          // not finite or cancelled: no more arithmetic, only what keeps the state whole
   bool aborted = false;
   std::exception_ptr failure;  // what an instruction threw
 };

@@ -100,6 +100,10 @@ void Executor::norm(Step& step, const Instruction& at) {
 
 void Executor::coefficient(Step& step) {
   const at::NoGradGuard no_grad;
+  if (spec_.ranks) {
+    exchange(step);
+    if (step.dead) return;
+  }
   std::vector<at::Tensor> norms;
   for (const at::Tensor& n : step.norms)
     if (n.defined()) norms.push_back(n);

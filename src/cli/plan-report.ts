@@ -3,6 +3,7 @@ import type { AutoPlan, PlanRequest } from "../plan/auto.js";
 import { PLACED_KINDS, type PlacedKind } from "../plan/auto-describe.js";
 import { showSize } from "../plan/budget.js";
 import type { Instruction, P, Tape } from "../plan/types.js";
+import { queueOf } from "../plan/waits.js";
 import { formatDuration, formatInteger } from "./ui/format.js";
 
 const WORDS: Readonly<Record<PlacedKind, string>> = {
@@ -152,7 +153,7 @@ export function tapeText(plan: AutoPlan): string {
     "",
   ];
   for (const [i, at] of step.instructions.entries()) {
-    const queue = at.op === "copy" ? at.queue : "compute";
+    const queue = queueOf(at);
     const waits = at.waits.length > 0 ? `  after ${at.waits.join(", ")}` : "";
     lines.push(
       `${String(i).padStart(6)} ${(start[i]! * 1e3).toFixed(1).padStart(10)} ${((end[i]! - start[i]!) * 1e3).toFixed(1).padStart(8)} ms  ${queue.padEnd(8)}${what(plan, step, at)}${waits}`,
@@ -180,8 +181,15 @@ function what(plan: AutoPlan, tape: Tape, i: Instruction): string {
       return `cast ${block(i.block)}  ${at(i.from)} -> ${at(i.to)}`;
     case "norm":
       return `norm ${block(i.block)}  ${list(i.sums)}`;
+    case "report":
+    case "agree":
     case "coefficient":
-      return "coefficient";
+      return i.op;
+    case "send":
+    case "receive": {
+      const { kind, block: b, microBatch } = i.operand;
+      return `${kind} of ${block(b)} #${microBatch}  ${at(i.place)} ${i.op === "send" ? "to" : "from"} rank ${i.peer}  ${gigabytes(i.bytes)}`;
+    }
     case "pack":
       return `pack ${block(i.block)} as ${i.dtype}  ${list(i.sums)} -> ${at(i.to)}`;
     case "update":

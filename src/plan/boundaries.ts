@@ -8,9 +8,10 @@ import { dtypeBytes } from "../graph/value.js";
 import type { Buffers } from "./arena.js";
 import type { Flow } from "./flow.js";
 import { PAGE, roundUp } from "./layout.js";
+import type { Link, Links } from "./links.js";
 import { pushAt } from "./lists.js";
 import type { Policy } from "./policy.js";
-import type { CopyQueue, Operand, P } from "./types.js";
+import type { Boundary, CopyQueue, Operand, P } from "./types.js";
 import type { Pass } from "./visits.js";
 
 /** Passes between the start of a boundary's copy and its use. */
@@ -22,16 +23,19 @@ export interface Emitter {
   readonly buffers: Buffers;
   readonly position: number;
   copy(queue: CopyQueue, operand: Operand, from: P, to: P, at: number, bytes: number): void;
+  exchange(op: "send" | "receive", operand: Boundary, count: number, peer: number, place: P, bytes: number): void;
 }
 
 interface Value {
-  operand: Operand & { kind: "x" | "dx" };
+  operand: Boundary;
   bytes: number;
   touches: Pass[];
   /** On the device now; -1: not yet, or away. */
   here: P;
   home: P;
   staging: P;
+  /** By the pass that needs what comes from another rank: where it was received; -1: not yet. */
+  arrives: Map<number, P>;
 }
 
 export class Boundaries {
@@ -39,6 +43,11 @@ export class Boundaries {
   private readonly loads: Value[][] = [];
   private readonly ins: Value[][] = [];
   private readonly outs: Value[][] = [];
+  private readonly sends: Link[][] = [];
+  /** By pass: what must have been received before it, and a few passes ahead; by peer, how many have been. */
+  private readonly receives: Link[][] = [];
+  private readonly received: number[] = [];
+  private readonly arrivals: Value[][] = [];
   private readonly resting: { p: P; until: number }[] = [];
   /** Most outputs of any block. */
   private readonly most: number;
@@ -50,12 +59,14 @@ export class Boundaries {
     private readonly policy: Pick<Policy, "boundary" | "dims">,
     private readonly emitter: Emitter,
     passes: readonly Pass[],
+    private readonly links: Links | null,
   ) {
     const dims = policy.boundary === "slot" ? null : policy.dims;
     const ofProgram = flow.graph.programs.map((p) => p.outputs.map((o) => (dims === null ? 0 : outputBytes(o, dims))));
     this.bytes = flow.graph.blocks.map((b) => ofProgram[b.program]!);
     this.most = Math.max(...ofProgram.map((list) => list.length));
     for (const pass of passes) this.touch(pass);
+    if (links !== null) this.planLinks(links);
     if (policy.boundary !== "host" && policy.boundary !== "disk") return;
     for (const value of this.values.values()) this.planMoves(value);
   }
@@ -79,8 +90,7 @@ export class Boundaries {
     for (const i of this.flow.sources(block).keys()) {
       const source = this.flow.gradientSource(block, i);
       const p = source === null ? -1 : this.at("dx", source.block, source.output, microBatch);
-      const first =
-        source === null || this.find("dx", source.block, source.output, microBatch)!.touches[0]!.index === index;
+      const first = source === null || this.isFirst(this.find("dx", source.block, source.output, microBatch)!, index);
       add.push(!first || (p >= 0 && dIn.includes(p)));
       dIn.push(p);
     }
@@ -90,6 +100,9 @@ export class Boundaries {
   /** Copies that begin before a pass. */
   before(pass: number): void {
     const { buffers } = this.emitter;
+    for (const link of this.receives[pass] ?? []) this.receive(link);
+    // A partial sum may come while the one before it is still here: each is taken up by the pass that needs it.
+    for (const value of this.arrivals[pass] ?? []) value.here = value.arrives.get(pass)!;
     for (const value of this.loads[pass] ?? []) {
       value.staging = buffers.transient("host", value.bytes, "small");
       this.copy("load", value, value.home, value.staging);
@@ -102,7 +115,14 @@ export class Boundaries {
 
   /** Copies that begin after a pass. */
   after(pass: number): void {
-    const { buffers, position } = this.emitter;
+    const { buffers } = this.emitter;
+    for (const { operand, count, peer } of this.sends[pass] ?? []) {
+      const value = this.find(operand.kind, operand.block, operand.output, operand.microBatch)!;
+      this.emitter.exchange("send", operand, count, peer, value.here, value.bytes);
+      this.resting.push({ p: value.here, until: pass + REST });
+      // A partial sum that comes back is another one.
+      if (operand.kind === "dx") value.here = -1;
+    }
     for (const value of this.outs[pass] ?? []) {
       const { bytes } = value;
       const { boundary } = this.policy;
@@ -115,7 +135,38 @@ export class Boundaries {
       this.resting.push({ p: value.here, until: pass + REST });
     }
     while (this.resting.length > 0 && this.resting[0]!.until < pass) this.resting.shift();
-    for (const { p } of this.resting) buffers.touch(p, Math.max(0, position - 1));
+    for (const { p } of this.resting) buffers.touch(p, Math.max(0, this.emitter.position - 1));
+  }
+
+  /** Everything that the peer sends before it comes before it. */
+  private receive({ operand, peer }: Link): void {
+    const list = this.links!.receives[peer]!;
+    const wanted = list.findIndex((l) => l.operand === operand);
+    for (let k = this.received[peer] ?? 0; k <= wanted; k++) {
+      const { operand: o, count, pass } = list[k]!;
+      const value = this.find(o.kind, o.block, o.output, o.microBatch)!;
+      const place = this.emitter.buffers.transient("device", value.bytes, "small");
+      value.arrives.set(pass, place);
+      this.emitter.exchange("receive", o, count, peer, place, value.bytes);
+      this.received[peer] = k + 1;
+    }
+  }
+
+  private planLinks({ sends, receives }: Links): void {
+    for (const link of sends) pushAt(this.sends, link.pass, link);
+    for (const list of receives)
+      for (const link of list) {
+        const { kind, block, output, microBatch } = link.operand;
+        const value = this.find(kind, block, output, microBatch)!;
+        value.arrives.set(link.pass, -1);
+        pushAt(this.arrivals, link.pass, value);
+        pushAt(this.receives, Math.max(0, link.pass - AHEAD), link);
+      }
+  }
+
+  /** Whether a pass writes the gradient first, among all ranks. */
+  private isFirst(value: Value, pass: number): boolean {
+    return value.touches[0]!.index === pass && !value.arrives.has(pass);
   }
 
   private at(kind: "x" | "dx", block: number, output: number, microBatch: number): P {
@@ -145,15 +196,16 @@ export class Boundaries {
       if (value === undefined) {
         if (!create) return;
         const operand = { kind, block: b, output, microBatch };
-        value = { operand, bytes: this.bytes[b]![output]!, touches: [], here: -1, home: -1, staging: -1 };
+        const arrives = new Map<number, P>();
+        value = { operand, bytes: this.bytes[b]![output]!, touches: [], here: -1, home: -1, staging: -1, arrives };
         this.values.set(key, value);
       }
       value.touches.push(pass);
     };
-    for (const s of flow.sources(block)) if ("block" in s) see("x", s.block, s.output, false);
+    for (const s of flow.sources(block)) if ("block" in s) see("x", s.block, s.output, !flow.isMine(s.block));
     for (const o of flow.programs[block]!.outputs.keys()) {
       if (op === "forward" && flow.isConsumed(block, o)) see("x", block, o, true);
-      if (op === "backward") see("dx", block, o, false);
+      if (op === "backward") see("dx", block, o, this.flow.stages !== undefined && this.flow.isSummed(block, o));
     }
     if (op === "forward") return;
     for (const i of flow.sources(block).keys()) {
@@ -168,7 +220,13 @@ export class Boundaries {
     let away = false;
     for (const [k, next] of touches.entries()) {
       const last = touches[k - 1];
-      if (last === undefined || next.visit - last.visit <= 1 || next.index - last.index <= AHEAD) continue;
+      if (
+        last === undefined ||
+        value.arrives.has(next.index) ||
+        next.visit - last.visit <= 1 ||
+        next.index - last.index <= AHEAD
+      )
+        continue;
       // A boundary is written once, at its first use; its gradient changes with every consumer.
       if (operand.kind === "dx") put(this.outs, last.index);
       else if (!away) put(this.outs, touches[0]!.index);

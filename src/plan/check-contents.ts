@@ -58,6 +58,8 @@ export class Memory {
   private packed = new Set<number>();
   private updated = new Set<number>();
   private closed = false;
+  private reported = false;
+  private agreed = false;
 
   /** microBatches: the most of any tape that will be played. */
   constructor(
@@ -90,6 +92,8 @@ export class Memory {
     this.packed = new Set();
     this.updated = new Set();
     this.closed = false;
+    this.reported = false;
+    this.agreed = false;
     for (const [at, instruction] of tape.instructions.entries()) {
       this.at = at;
       this.run(instruction);
@@ -121,6 +125,14 @@ export class Memory {
         this.once(this.norms, i.block, `takes the norm of block ${i.block} again`);
         this.demandSums(i.block, "sums", i.sums);
         break;
+      case "report":
+        this.report();
+        break;
+      case "agree":
+        if (this.agreed) this.fail("agrees again");
+        if (!this.reported) this.fail("agrees before it has reported");
+        this.agreed = true;
+        break;
       case "coefficient":
         this.coefficient();
         break;
@@ -132,6 +144,10 @@ export class Memory {
         break;
       case "copy":
         this.copy(i);
+        break;
+      case "send":
+      case "receive":
+        this.exchange(i);
         break;
     }
   }
@@ -224,9 +240,34 @@ export class Memory {
     this.put("compute", i.block, this.tape.places[i.to]!, version);
   }
 
+  /** What arrives is what its sender says that it is: checkRanks compares both ends. */
+  private exchange(i: Op<"send" | "receive">): void {
+    const { kind, block, output, microBatch } = i.operand;
+    const operand = this.boundary(block, output, microBatch);
+    const version = kind === "x" ? this.step : this.counted(i.count);
+    if (i.op === "send") this.demand("place", i.place, kind, operand, version, this.boundaryBytes[block]![output]!);
+    else this.put(kind, operand, this.tape.places[i.place]!, version);
+  }
+
+  private report(): void {
+    if (this.reported) this.fail("reports again");
+    this.reported = true;
+    for (const b of this.facts.layouts.keys()) {
+      if (!this.facts.isMine(b)) continue;
+      const first = b * this.microBatches;
+      const ran = this.facts.losses.has(b)
+        ? this.summed[b]!
+        : [...Array(this.tape.microBatches).keys()].filter((m) => this.forwards.has(first + m)).length;
+      if (ran !== this.tape.microBatches) this.fail(`reports before all forwards of block ${b}`);
+    }
+  }
+
   private coefficient(): void {
     if (this.closed) this.fail("closes the step again");
+    if (this.tape.stages !== undefined && this.tape.update === "backward" && !this.agreed)
+      this.fail("closes a step that updates on backward, and the ranks have not agreed");
     for (const b of this.facts.layouts.keys()) {
+      if (!this.facts.isMine(b)) continue;
       if (this.facts.trains(b) && !this.norms.has(b)) this.fail(`closes the step without the norm of block ${b}`);
       if (this.facts.losses.has(b) && this.summed[b] !== this.tape.microBatches)
         this.fail(`closes the step without all losses of block ${b}`);
@@ -249,6 +290,8 @@ export class Memory {
       if (!this.norms.has(block)) this.fail("updates before the norm");
       if (this.tape.clip === "global" && !this.closed)
         this.fail("updates before the coefficient that it is clipped by");
+      if (this.tape.stages !== undefined && !this.agreed && !this.closed)
+        this.fail("updates before the ranks have agreed that all losses are finite");
       if (this.tape.update === "end") this.demandAllBackwards();
       this.demandSums(block, "grad", i.grad);
     } else {
@@ -288,6 +331,7 @@ export class Memory {
     const { facts, tape } = this;
     if (tape.kind === "step") {
       for (const b of facts.layouts.keys()) {
+        if (!facts.isMine(b)) continue;
         for (let m = 0; m < tape.microBatches; m++) {
           const pass = b * this.microBatches + m;
           if (!facts.losses.has(b) && !this.forwards.has(pass))
@@ -302,6 +346,7 @@ export class Memory {
       if (!this.closed) this.fail("lacks the coefficient");
     }
     for (const [b, { param, state }] of tape.placement.homes.entries()) {
+      if (!facts.isMine(b)) continue;
       if (facts.trains(b) && !this.updated.has(b)) this.fail(`lacks the update of block ${b}`);
       const { trainableBytes, paramBytes } = facts.layouts[b]!;
       const home = `home of block ${b}`;
@@ -315,7 +360,8 @@ export class Memory {
 
   private demandAllBackwards(): void {
     for (const [b, needed] of this.facts.needsBackward.entries())
-      if (needed && this.summed[b] !== this.tape.microBatches) this.fail(`updates before all backwards of block ${b}`);
+      if (needed && this.facts.isMine(b) && this.summed[b] !== this.tape.microBatches)
+        this.fail(`updates before all backwards of block ${b}`);
   }
 
   private demandSums(block: number, what: string, list: readonly number[]): void {

@@ -4,7 +4,7 @@ import { evaluate } from "../graph/dims.js";
 import type { Graph, Program } from "../graph/types.js";
 import { dtypeBytes } from "../graph/value.js";
 import { type BlockLayout, blockLayouts, ownersOf, usersOf } from "./layout.js";
-import type { Instruction, Operand, Place, StateFormat, Tape } from "./types.js";
+import type { Instruction, Operand, Place, Stages, StateFormat, Tape } from "./types.js";
 
 export type Pass = Extract<Instruction, { op: "forward" | "turn" | "backward" }>;
 export type Op<K extends Instruction["op"]> = Extract<Instruction, { op: K }>;
@@ -25,6 +25,7 @@ export class Facts {
   constructor(
     readonly graph: Graph,
     format: StateFormat,
+    private readonly stages?: Stages,
   ) {
     this.layouts = blockLayouts(graph, format);
     this.losses = new Set(graph.losses.map((l) => l.block));
@@ -46,6 +47,11 @@ export class Facts {
 
   program(block: number): Program {
     return this.graph.programs[this.graph.blocks[block]!.program]!;
+  }
+
+  /** Whether this rank runs the block. */
+  isMine(block: number): boolean {
+    return this.stages === undefined || this.stages.of[block] === this.stages.rank;
   }
 
   /** Whether the block owns a trainable parameter: it has state, a norm and an update. */
@@ -94,6 +100,8 @@ export function refuse(tape: Tape, at: number, why: string): never {
 }
 
 export function title(i: Instruction): string {
+  if (i.op === "send" || i.op === "receive")
+    return `${i.op} of ${nameOf(i.operand)} ${i.op === "send" ? "to" : "from"} rank ${i.peer}`;
   if (i.op === "copy") return `copy ${i.queue} of ${nameOf(i.operand)}, bytes ${i.at}..${i.at + i.bytes}`;
   if (!("block" in i)) return i.op;
   return `${i.op} of block ${i.block}${"microBatch" in i ? `, micro-batch ${i.microBatch}` : ""}`;

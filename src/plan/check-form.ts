@@ -5,6 +5,7 @@
 import type { Graph } from "../graph/types.js";
 import { type Facts, type Op, type Pass, refuse, showPlace, showRange } from "./check-facts.js";
 import { PAGE, PLACE_ALIGN } from "./layout.js";
+import { checkStages } from "./stages.js";
 import type { CopyQueue, Instruction, Operand, Place, RetainedDType, Space, Tape } from "./types.js";
 
 const WORDS = {
@@ -42,6 +43,14 @@ export function checkHeader(graph: Graph, tape: Tape): void {
     if (!isCount(n)) refuse(tape, -1, `${name} is ${n}`);
   if (tape.kind === "flush" && tape.update !== "forward")
     refuse(tape, -1, `a flush is for update "forward", not "${tape.update}"`);
+  if (JSON.stringify(tape.placement.stages) !== JSON.stringify(tape.stages?.of))
+    refuse(tape, -1, "its placement is for other stages than the tape");
+  if (tape.stages === undefined) return;
+  try {
+    checkStages(graph, tape.stages);
+  } catch (error) {
+    refuse(tape, -1, (error as Error).message);
+  }
 }
 
 export function checkForm(facts: Facts, tape: Tape): void {
@@ -94,7 +103,7 @@ class Form {
     for (const [b, layout] of this.facts.layouts.entries()) {
       for (const kind of ["param", "state"] as const) {
         const home = homes[b]![kind];
-        const bytes = layout[`${kind}Bytes`];
+        const bytes = this.facts.isMine(b) ? layout[`${kind}Bytes`] : 0;
         const what = `home of ${kind}(${b})`;
         if ((home === null) !== (bytes === 0) || (home !== null && home.bytes !== bytes))
           this.fail(`${what} has ${home?.bytes ?? "no"} bytes, expected ${bytes}`);
@@ -123,6 +132,7 @@ class Form {
 
   private instruction(i: Instruction): void {
     if ("block" in i && this.facts.layouts[i.block] === undefined) this.fail(`block ${i.block} does not exist`);
+    if ("block" in i && !this.facts.isMine(i.block)) this.fail(`block ${i.block} is another rank's`);
     const layout = "block" in i ? this.facts.layouts[i.block]! : null;
     switch (i.op) {
       case "forward":
@@ -139,6 +149,14 @@ class Form {
         this.gradient(i.block, "sums", i.sums);
         break;
       case "coefficient":
+        break;
+      case "report":
+      case "agree":
+        if (this.tape.stages === undefined) this.fail("there is no other rank to agree with");
+        break;
+      case "send":
+      case "receive":
+        this.exchange(i);
         break;
       case "pack":
         this.gradient(i.block, "sums", i.sums);
@@ -236,6 +254,21 @@ class Form {
     }
   }
 
+  private exchange(i: Op<"send" | "receive">): void {
+    const { stages } = this.tape;
+    if (stages === undefined || !isCount(i.peer) || i.peer >= stages.ranks || i.peer === stages.rank)
+      this.fail(`there is no other rank ${i.peer}`);
+    if (i.operand?.kind !== "x" && i.operand?.kind !== "dx") this.fail("only boundaries go from rank to rank");
+    this.operand(i.operand);
+    const { block, output } = i.operand;
+    const most = i.operand.kind === "x" ? 0 : this.facts.contributors[block]![output]!.length;
+    if (!isCount(i.count, Math.min(most, 1)) || i.count > most)
+      this.fail(`count is ${i.count}, expected up to ${most}`);
+    this.boundary("place", i.place, i.operand);
+    if (!isCount(i.bytes, this.boundaryBytes[block]![output]!) || i.bytes > this.tape.places[i.place]!.bytes)
+      this.fail(`${i.bytes} bytes are not those of the boundary`);
+  }
+
   private operand(o: Operand): void {
     const layout = this.facts.layouts[o?.block];
     if (layout === undefined) this.fail(`block ${o?.block} does not exist`);
@@ -290,7 +323,7 @@ class Form {
       return;
     }
     const place = this.place(what, p);
-    const copied = this.tape.instructions[this.at]!.op === "copy";
+    const copied = ["copy", "send", "receive"].includes(this.tape.instructions[this.at]!.op);
     if (place.space === "slot" ? copied : this.tape.dims === null)
       this.fail(
         `${what}: ${showPlace(this.tape, p)}, ${copied ? "a slot is not copied" : "expected a slot without dims"}`,
@@ -322,4 +355,6 @@ class Form {
   }
 }
 
-export const queueOf = (i: Instruction) => (i.op === "copy" ? i.queue : "compute");
+/** The queue that it waits its turn on; each peer has one of its own in either direction. */
+export const queueOf = (i: Instruction): string =>
+  i.op === "copy" ? i.queue : i.op === "send" || i.op === "receive" ? `${i.op} ${i.peer}` : "compute";

@@ -8,9 +8,7 @@
 import { type Facts, type Op, refuse, title } from "./check-facts.js";
 import { queueOf } from "./check-form.js";
 import { Intervals } from "./intervals.js";
-import type { Queue, Space, Tape } from "./types.js";
-
-const QUEUES: readonly Queue[] = ["compute", "in", "out", "load", "save"];
+import type { Space, Tape } from "./types.js";
 
 /** Bytes [start, end) of a space; a slot is one of its own. */
 interface Range {
@@ -36,14 +34,16 @@ export function checkOrder(facts: Facts, tape: Tape): void {
   }
 }
 
-const NEVER: readonly number[] = QUEUES.map(() => -1);
-
 class Order {
   private now = -1;
-  private readonly queues: Uint8Array;
+  private readonly queues: Uint16Array;
+  /** How many queues the tape uses. */
+  private readonly count: number;
   /** By instruction and queue. */
   private readonly clocks: Int32Array;
-  private readonly last = QUEUES.map(() => -1);
+  /** By queue. */
+  private readonly last: number[];
+  private readonly never: readonly number[];
   private readonly memory: Record<Space, Intervals<Accesses>> = {
     device: new Intervals(),
     host: new Intervals(),
@@ -52,8 +52,12 @@ class Order {
   };
 
   constructor(private readonly tape: Tape) {
-    this.queues = Uint8Array.from(tape.instructions, (i) => QUEUES.indexOf(queueOf(i)));
-    this.clocks = new Int32Array(QUEUES.length * tape.instructions.length);
+    const names = [...new Set(tape.instructions.map(queueOf))];
+    this.queues = Uint16Array.from(tape.instructions, (i) => names.indexOf(queueOf(i)));
+    this.count = names.length;
+    this.clocks = new Int32Array(names.length * tape.instructions.length);
+    this.last = names.map(() => -1);
+    this.never = names.map(() => -1);
   }
 
   advance(now: number): void {
@@ -61,13 +65,13 @@ class Order {
     const queue = this.queues[now]!;
     this.after(this.last[queue]!);
     for (const before of this.tape.instructions[now]!.waits) this.after(before);
-    this.clocks[now * QUEUES.length + queue]!++;
+    this.clocks[now * this.count + queue]!++;
     this.last[queue] = now;
   }
 
   private after(before: number): void {
     const { clocks, now } = this;
-    const n = QUEUES.length;
+    const n = this.count;
     if (before >= 0)
       for (let q = 0; q < n; q++) clocks[now * n + q] = Math.max(clocks[now * n + q]!, clocks[before * n + q]!);
   }
@@ -75,7 +79,7 @@ class Order {
   read({ space, start, end }: Range): void {
     const queue = this.queues[this.now]!;
     this.memory[space].change(start, end, (held, from, to) => {
-      const { write, reads } = held ?? { write: -1, reads: NEVER };
+      const { write, reads } = held ?? { write: -1, reads: this.never };
       this.demand(write, { space, start: from, end: to }, "writes", "reads");
       return { write, reads: reads.with(queue, this.now) };
     });
@@ -89,12 +93,12 @@ class Order {
       this.demand(held.write, range, "writes", "writes");
       for (const read of held.reads) this.demand(read, range, "reads", "writes");
     });
-    arena.set(start, end, { write: this.now, reads: NEVER });
+    arena.set(start, end, { write: this.now, reads: this.never });
   }
 
   private demand(before: number, { space, start, end }: Range, did: string, does: string): void {
     if (before < 0) return;
-    const n = QUEUES.length;
+    const n = this.count;
     const queue = this.queues[before]!;
     if (this.clocks[before * n + queue]! <= this.clocks[this.now * n + queue]!) return;
     const bytes = space === "slot" ? `slot ${start}` : `${space} ${start}..${end}`;
@@ -139,8 +143,14 @@ function accesses(facts: Facts, tape: Tape, now: number): { reads: Range[]; writ
     case "norm":
       inPlace = all(i.sums);
       break;
+    case "report":
+    case "agree":
     case "coefficient":
       break;
+    case "send":
+      return { reads: [range(i.place, 0, i.bytes)], writes: [] };
+    case "receive":
+      return { reads: [], writes: [range(i.place, 0, i.bytes)] };
     case "pack":
       reads = all(i.sums);
       writes = [range(i.to)];

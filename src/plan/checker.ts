@@ -31,13 +31,13 @@ export interface CheckOptions {
 export function checkTape(graph: Graph, tape: Tape, options: CheckOptions = {}): void {
   const { after } = options;
   checkHeader(graph, tape);
-  const facts = new Facts(graph, tape.state);
+  const facts = new Facts(graph, tape.state, tape.stages);
   checkForm(facts, tape);
   checkOrder(facts, tape);
   if (after !== undefined) {
     checkHeader(graph, after);
     checkForm(facts, after);
-    for (const field of ["placement", "state"] as const)
+    for (const field of ["placement", "state", "stages"] as const)
       if (JSON.stringify(after[field]) !== JSON.stringify(tape[field]))
         refuse(tape, -1, `its ${field} differs from that of the tape before it`);
     if (after.kind !== "step" || after.update !== tape.update)

@@ -6,8 +6,9 @@ import type { OpName } from "../graph/schemas.js";
 import type { Graph } from "../graph/types.js";
 import { type SizedCall, sizedProgram } from "./cost-calls.js";
 import { type BlockLayout, blockLayouts } from "./layout.js";
-import type { GemmRate, MachineProfile } from "./profiles.js";
+import { type GemmRate, type MachineProfile, RANK_LINK } from "./profiles.js";
 import type { Instruction, Tape } from "./types.js";
+import { queueOf } from "./waits.js";
 
 export interface Cost {
   seconds: number;
@@ -63,7 +64,7 @@ export class CostModel {
 
   of(i: Instruction): Cost {
     const cost = this.work(i);
-    return { ...cost, seconds: cost.seconds + (i.op === "copy" ? 0 : this.profile.instructionSeconds) };
+    return { ...cost, seconds: cost.seconds + (queueOf(i) === "compute" ? this.profile.instructionSeconds : 0) };
   }
 
   private work(i: Instruction): Cost {
@@ -81,8 +82,17 @@ export class CostModel {
         return this.bytes(this.layouts[i.block]!.paramBytes + this.layouts[i.block]!.computeBytes);
       case "norm":
         return this.bytes(this.trainable(i.block) * 4 * (1 + 2 * Math.max(0, i.sums.length - 1)));
+      case "report":
+      case "agree":
       case "coefficient":
         return none;
+      case "send":
+      case "receive":
+        return {
+          seconds: i.bytes / (this.profile.rankLink ?? RANK_LINK) + this.profile.copySeconds,
+          memorySeconds: 0,
+          flops: 0,
+        };
       case "pack":
         return this.bytes(this.trainable(i.block) * 4 + this.layouts[i.block]!.retainedBytes(i.dtype));
       case "update": {

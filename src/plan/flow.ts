@@ -2,14 +2,15 @@
 import { StromaError } from "../errors.js";
 import type { Graph, Program, Source } from "../graph/types.js";
 import { ownersOf, usersOf } from "./layout.js";
+import type { Stages } from "./types.js";
 
 /** Throws TAPE for a graph that does not train, or a block that returns a loss beside something else. */
 export class Flow {
-  /** Blocks that run as `forward`, ascending. */
+  /** Blocks of this rank that run as `forward`, ascending. */
   readonly forwards: number[];
-  /** Blocks that run as `turn` or `backward`, descending. */
+  /** Of this rank, that run as `turn` or `backward`, descending. */
   readonly backwards: number[];
-  /** Blocks that own a trainable parameter, ascending. */
+  /** Of this rank, that own a trainable parameter, ascending. */
   readonly trained: number[];
   /** By block: ownersOf, usersOf and its program. */
   readonly owners: number[][];
@@ -18,8 +19,13 @@ export class Flow {
   private readonly losses: Set<number>;
   private readonly backward = new Set<number>();
   private readonly consumed = new Set<string>();
+  private readonly summed = new Set<string>();
 
-  constructor(readonly graph: Graph) {
+  /** `stages`: whose blocks of them `forwards`, `backwards` and `trained` are; all other facts are of the whole graph. */
+  constructor(
+    readonly graph: Graph,
+    readonly stages?: Stages,
+  ) {
     if (graph.mode !== "train")
       throw new StromaError("TAPE", `[plan] expected a graph in train mode, got ${graph.mode}`);
     this.losses = new Set(graph.losses.map((l) => l.block));
@@ -40,17 +46,22 @@ export class Flow {
       this.backward.add(b);
       for (const i of this.sources(b).keys()) {
         const source = this.gradientSource(b, i);
-        if (source !== null) this.backward.add(source.block);
+        if (source === null) continue;
+        this.backward.add(source.block);
+        this.summed.add(`${source.block}:${source.output}`);
       }
     }
-    this.forwards = order.filter((b) => !this.isTurn(b));
-    this.backwards = order.filter((b) => this.hasBackward(b)).reverse();
+    this.forwards = order.filter((b) => this.isMine(b) && !this.isTurn(b));
+    this.backwards = order.filter((b) => this.isMine(b) && this.hasBackward(b)).reverse();
     const trained = new Set(graph.parameters.filter((p) => p.trainable).map((p) => p.owner));
-    this.trained = order.filter((b) => trained.has(b));
+    this.trained = order.filter((b) => this.isMine(b) && trained.has(b));
     this.owners = order.map((b) => ownersOf(graph, b));
     this.users = order.map((b) => (trained.has(b) ? usersOf(graph, b, (u) => this.hasBackward(u)) : []));
   }
 
+  isMine(b: number): boolean {
+    return this.stages === undefined || this.stages.of[b] === this.stages.rank;
+  }
   sources(b: number): Source[] {
     return this.graph.blocks[b]!.inputs;
   }
@@ -60,6 +71,10 @@ export class Flow {
   }
   hasBackward(b: number): boolean {
     return this.backward.has(b);
+  }
+  /** Whether a gradient of the boundary is ever made. */
+  isSummed(block: number, output: number): boolean {
+    return this.summed.has(`${block}:${output}`);
   }
   isConsumed(block: number, output: number): boolean {
     return this.consumed.has(`${block}:${output}`);

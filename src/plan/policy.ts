@@ -1,7 +1,8 @@
 /** What a tape is written from, and which combinations make no sense. */
 import { StromaError } from "../errors.js";
 import type { Graph } from "../graph/types.js";
-import type { Clip, Recompute, RetainedDType, Schedule, StateFormat, UpdateOrder } from "./types.js";
+import { checkStages } from "./stages.js";
+import type { Clip, Recompute, RetainedDType, Schedule, Stages, StateFormat, UpdateOrder } from "./types.js";
 
 export type Space3 = "device" | "host" | "disk";
 /** One place for all blocks, or one for each. */
@@ -30,6 +31,8 @@ export interface Policy {
   prefetch: number;
   /** A block's copy is cut into so many, spread over the visit before. */
   parts: number;
+  /** Blocks over ranks, and which rank's tape is to be written. Absent: one rank. Boundaries then need places. */
+  stages?: Stages;
 }
 
 export const homeOf = (home: Home, block: number): Space3 => (typeof home === "string" ? home : home(block));
@@ -46,6 +49,9 @@ export function checkPolicy(graph: Graph, policy: Policy): void {
   if (!Number.isSafeInteger(parts) || parts < 1) refuse(`expected at least 1 part a copy, got ${parts}`);
   if (boundary !== "slot" && dims === null)
     refuse(`boundaries on ${boundary} need the largest value of every dim. Give dims, or boundary "slot"`);
+  if (policy.stages !== undefined) checkStages(graph, policy.stages);
+  if (policy.stages !== undefined && boundary === "slot")
+    refuse('ranks exchange boundaries of a known size. Give dims, and boundary "device", "host" or "disk"');
   if (update === "backward" && clip === "global")
     refuse(
       'update "backward" changes blocks before the global norm is known. Clip by block, or update "forward" or "end"',

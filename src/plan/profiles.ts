@@ -24,6 +24,8 @@ export interface MachineProfile {
   deviceToHost: number;
   diskRead: number;
   diskWrite: number;
+  /** Between two ranks, each way; absent: RANK_LINK. */
+  rankLink?: number;
   /** Seconds that pass before a kernel begins, at least, for every operator; for every instruction; for every copy. */
   operatorSeconds: number;
   instructionSeconds: number;
@@ -31,6 +33,9 @@ export interface MachineProfile {
   /** Intra-op threads; 0 where that is not a matter. */
   threads: number;
 }
+
+/** Two processes of one machine over loopback TCP, or machines on 40 Gbit/s Ethernet. */
+export const RANK_LINK = 4e9;
 
 const T = 1e12;
 const G = 1e9;

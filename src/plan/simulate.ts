@@ -9,6 +9,7 @@ import { CostModel } from "./cost.js";
 import { passWorkspace } from "./memory.js";
 import type { MachineProfile } from "./profiles.js";
 import type { Queue, Tape } from "./types.js";
+import { queueOf } from "./waits.js";
 
 export type BoundBy = "compute" | "memory" | "hostToDevice" | "deviceToHost" | "disk";
 
@@ -41,13 +42,13 @@ export function simulate(
   const n = tape.instructions.length;
   const start = new Float64Array(n);
   const end = new Float64Array(n);
-  const free: Record<Queue, number> = { compute: 0, in: 0, out: 0, load: 0, save: 0 };
+  const free: Record<Queue, number> = { compute: 0, in: 0, out: 0, load: 0, save: 0, send: 0, receive: 0 };
   const busySeconds = { ...free };
   const bytes = { ...free };
   const stateBytes = { ...free };
   let [memorySeconds, flops, seconds] = [0, 0, 0];
   for (const [i, at] of tape.instructions.entries()) {
-    const queue: Queue = at.op === "copy" ? at.queue : "compute";
+    const queue = queueOf(at);
     const cost = costs.of(at);
     let from = free[queue];
     for (const w of at.waits) from = Math.max(from, end[w]!);

@@ -50,11 +50,24 @@ export type P = number;
 
 /** in: host to device. out: device to host. load: disk to host. save: host to disk. */
 export type CopyQueue = "in" | "out" | "load" | "save";
-export type Queue = "compute" | CopyQueue;
+/** send, receive: to and from other ranks. */
+export type Queue = "compute" | CopyQueue | "send" | "receive";
 
-export type Operand =
-  | { kind: "param" | "state" | "retained"; block: number }
-  | { kind: "x" | "dx"; block: number; output: number; microBatch: number };
+/** Blocks over ranks: a rank holds the state of its blocks and runs their passes. `rank`: whose tape this is. */
+export interface Stages {
+  rank: number;
+  ranks: number;
+  /** By block. Blocks that share a parameter have one rank. */
+  of: number[];
+}
+
+export interface Boundary {
+  kind: "x" | "dx";
+  block: number;
+  output: number;
+  microBatch: number;
+}
+export type Operand = { kind: "param" | "state" | "retained"; block: number } | Boundary;
 
 /**
  * Positions of instructions on *other* queues that must have completed before this one begins. Instructions of one
@@ -103,7 +116,15 @@ export type Instruction = Waiting &
      * added once, here, into the first user's. Writes the block's partial norms.
      */
     | { op: "norm"; block: number; sums: P[] }
-    /** All partial norms and losses -> the record of step t: optimizer step, learning rate, coefficient, skip. */
+    /**
+     * With ranks and update on backward. report: tells the others, after the last forward or turn, whether all went well
+     * here; waits for nobody. agree: before the first update, hears the same of all, and carries on as they do.
+     */
+    | { op: "report" | "agree" }
+    /**
+     * All partial norms and losses, of all ranks -> the record of step t: optimizer step, learning rate, coefficient,
+     * skip.
+     */
     | { op: "coefficient" }
     /** sums (after norm) -> retained(block). */
     | { op: "pack"; block: number; sums: P[]; to: P; dtype: RetainedDType }
@@ -117,6 +138,11 @@ export type Instruction = Waiting &
      * bytes [at, at + bytes) of `from` -> the same range of `to`; the operand is said for the profile and for errors.
      */
     | { op: "copy"; queue: CopyQueue; operand: Operand; from: P; to: P; at: number; bytes: number }
+    /**
+     * A boundary from one rank to another: the first `bytes` of the place. The k-th send from A to B meets the k-th
+     * receive of B from A. `count`: contributions that a gradient holds on the way; 0 for x.
+     */
+    | { op: "send" | "receive"; operand: Boundary; count: number; peer: number; place: P; bytes: number }
   );
 
 export interface Arenas {
@@ -128,8 +154,10 @@ export interface Arenas {
 /** Where the state of every block lives between steps; the same in every tape of a session. */
 export interface Placement {
   arenas: Arenas;
-  /** By block; null where the block owns no parameter (state: none that is trainable). */
+  /** By block; null where the block owns no parameter (state: none that is trainable), or is another rank's. */
   homes: { param: Place | null; state: Place | null }[];
+  /** With ranks, by block: the rank whose it is. */
+  stages?: number[];
 }
 
 /** How parameters and optimizer state are stored: what layout.ts turns into bytes. */
@@ -152,6 +180,8 @@ export interface Tape {
   state: StateFormat;
   /** 0 in a flush. */
   microBatches: number;
+  /** Absent: one rank runs everything. */
+  stages?: Stages;
   /** Largest value of every named dim that the places allow for; null: boundaries lie in slots, any size goes. */
   dims: Record<string, number> | null;
   placement: Placement;

@@ -6,8 +6,18 @@
  */
 import type { Instruction, P, Place, Queue, Space } from "./types.js";
 
-export const QUEUES: readonly Queue[] = ["compute", "in", "out", "load", "save"];
-export const queueOf = (i: Instruction): Queue => (i.op === "copy" ? i.queue : "compute");
+export const QUEUES: readonly Queue[] = ["compute", "in", "out", "load", "save", "send", "receive"];
+export const queueOf = (i: Instruction): Queue =>
+  i.op === "copy" ? i.queue : i.op === "send" || i.op === "receive" ? i.op : "compute";
+
+/** Which of the queues that run beside each other: `compute` is 0. Each peer has two, or one would hold up another. */
+export const lineOf = (i: Instruction): number =>
+  i.op === "send" || i.op === "receive"
+    ? COPIES.length + 2 * i.peer + (i.op === "send" ? 0 : 1)
+    : i.op === "copy"
+      ? COPIES.indexOf(i.queue)
+      : 0;
+const COPIES: readonly Queue[] = ["compute", "in", "out", "load", "save"];
 
 type See = (p: P, writes: boolean, at: number, bytes: number) => void;
 
@@ -56,6 +66,12 @@ export function accesses(i: Instruction, places: readonly Place[], see: See): vo
       see(i.from, false, i.at, i.bytes);
       see(i.to, true, i.at, i.bytes);
       break;
+    case "send":
+    case "receive":
+      see(i.place, i.op === "receive", 0, i.bytes);
+      break;
+    case "report":
+    case "agree":
     case "coefficient":
       break;
   }
@@ -63,19 +79,19 @@ export function accesses(i: Instruction, places: readonly Place[], see: See): vo
 
 /** Fills `waits` of every instruction, latest position first. */
 export function deriveWaits(instructions: readonly Instruction[], places: readonly Place[]): void {
-  const Q = QUEUES.length;
+  const Q = instructions.reduce((most, i) => Math.max(most, lineOf(i) + 1), COPIES.length);
   /** clocks[i * Q + q]: the last instruction of queue q that has completed once i has. */
   const clocks = new Int32Array(instructions.length * Q).fill(-1);
   const latest = new Int32Array(Q).fill(-1);
   const spaces: Record<Space, Ranges> = {
-    device: new Ranges(),
-    host: new Ranges(),
-    disk: new Ranges(),
-    slot: new Ranges(),
+    device: new Ranges(Q),
+    host: new Ranges(Q),
+    disk: new Ranges(Q),
+    slot: new Ranges(Q),
   };
   const needed = new Int32Array(Q);
   for (const [i, instruction] of instructions.entries()) {
-    const queue = QUEUES.indexOf(queueOf(instruction));
+    const queue = lineOf(instruction);
     needed.fill(-1);
     accesses(instruction, places, (p, writes, at, bytes) => {
       const { space, offset } = places[p]!;
@@ -85,7 +101,7 @@ export function deriveWaits(instructions: readonly Instruction[], places: readon
       else spaces[space].read(start, end, i, queue, needed);
     });
     const clock = i * Q;
-    if (latest[queue]! >= 0) learn(clocks, clock, latest[queue]! * Q);
+    if (latest[queue]! >= 0) learn(clocks, clock, latest[queue]! * Q, Q);
     instruction.waits = [];
     // Only a later instruction can imply an earlier one: taken from the latest down, none is redundant.
     for (;;) {
@@ -93,7 +109,7 @@ export function deriveWaits(instructions: readonly Instruction[], places: readon
       for (let q = 0; q < Q; q++) if (q !== queue && needed[q]! > clocks[clock + q]!) wait = Math.max(wait, needed[q]!);
       if (wait < 0) break;
       instruction.waits.push(wait);
-      learn(clocks, clock, wait * Q);
+      learn(clocks, clock, wait * Q, Q);
     }
     clocks[clock + queue] = i;
     latest[queue] = i;
@@ -101,8 +117,8 @@ export function deriveWaits(instructions: readonly Instruction[], places: readon
 }
 
 /** What has completed at `from` has completed at `to`. */
-function learn(clocks: Int32Array, to: number, from: number): void {
-  for (let q = 0; q < QUEUES.length; q++) clocks[to + q] = Math.max(clocks[to + q]!, clocks[from + q]!);
+function learn(clocks: Int32Array, to: number, from: number, queues: number): void {
+  for (let q = 0; q < queues; q++) clocks[to + q] = Math.max(clocks[to + q]!, clocks[from + q]!);
 }
 
 interface Range {
@@ -118,6 +134,8 @@ interface Range {
 class Ranges {
   private readonly list: Range[] = [];
 
+  constructor(private readonly queues: number) {}
+
   read(start: number, end: number, i: number, queue: number, needed: Int32Array): void {
     let k = this.split(start, end);
     let at = start;
@@ -129,7 +147,7 @@ class Ranges {
         this.list.splice(k, 0, range);
       }
       needed[range.writerQueue] = Math.max(needed[range.writerQueue]!, range.writer);
-      range.readers ??= QUEUES.map(() => -1);
+      range.readers ??= Array(this.queues).fill(-1) as number[];
       range.readers[queue] = i;
       at = range.end;
       k++;

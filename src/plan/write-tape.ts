@@ -11,9 +11,10 @@ import { Buffers } from "./arena.js";
 import { Boundaries } from "./boundaries.js";
 import { Flow } from "./flow.js";
 import { type BlockLayout, blockLayouts, PAGE, roundUp } from "./layout.js";
+import { links } from "./links.js";
 import { pushAt } from "./lists.js";
 import { checkPolicy, homeOf, type Policy } from "./policy.js";
-import type { CopyQueue, Instruction, Operand, P, Placement, Tape } from "./types.js";
+import type { Boundary, CopyQueue, Instruction, Operand, P, Placement, Tape } from "./types.js";
 import { flushVisits, type Pass, type Visit, visitsOf } from "./visits.js";
 import { accesses, deriveWaits } from "./waits.js";
 
@@ -24,8 +25,8 @@ export type { Home, Policy, Space3 } from "./policy.js";
  * placement. Throws CONFIG for a policy that contradicts itself and TAPE for a graph that does not train.
  */
 export function writeTape(graph: Graph, policy: Policy): { step: Tape; flush: Tape | null } {
-  const flow = new Flow(graph);
   checkPolicy(graph, policy);
+  const flow = new Flow(graph, policy.stages);
   const layouts = blockLayouts(graph, policy.state);
   const step = new Writer(flow, policy, layouts).write(visitsOf(flow, policy), "step");
   if (policy.update !== "forward") return { step, flush: null };
@@ -70,6 +71,9 @@ class Writer {
   /** By home of a retained gradient: its last read and its first write. */
   private readonly lent = new Map<P, { opens: number; closes: number }>();
   private readonly wide: "float32" | "float64";
+  private agreed = false;
+  /** Index of the pass after which no loss and no forward is left to fail. */
+  private lastLoss = -1;
 
   constructor(
     private readonly flow: Flow,
@@ -78,12 +82,13 @@ class Writer {
   ) {
     this.wide = flow.graph.dtype === "float64" ? "float64" : "float32";
     for (const [b, layout] of layouts.entries()) {
-      this.homes.param[b] = this.home(policy.param, b, layout.paramBytes);
-      this.homes.state[b] = this.home(policy.optimizer, b, layout.stateBytes);
+      const mine = flow.isMine(b);
+      this.homes.param[b] = this.home(policy.param, b, mine ? layout.paramBytes : 0);
+      this.homes.state[b] = this.home(policy.optimizer, b, mine ? layout.stateBytes : 0);
     }
     // Behind all other homes: a retained gradient exists only with update "forward".
     for (const b of layouts.keys()) {
-      const bytes = policy.update === "forward" ? this.bytesOf("retained", b) : 0;
+      const bytes = policy.update === "forward" && flow.isMine(b) ? this.bytesOf("retained", b) : 0;
       const p = this.home(policy.retained, b, bytes);
       this.homes.retained[b] = p;
       if (p >= 0) this.lent.set(p, { opens: -1, closes: -1 });
@@ -95,9 +100,17 @@ class Writer {
 
   write(visits: Visit[], kind: "step" | "flush"): Tape {
     const passes = visits.flatMap((v) => v.passes);
+    if (this.mustAgree) holdUpdates(visits);
     this.planCasts(visits);
     this.planFetches(visits);
-    const boundaries = new Boundaries(this.flow, this.policy, this, passes);
+    this.lastLoss = passes.findLastIndex((p) => p.op !== "backward");
+    const boundaries = new Boundaries(
+      this.flow,
+      this.policy,
+      this,
+      passes,
+      kind === "step" ? links(this.flow, this.policy) : null,
+    );
     let closed = kind === "flush";
     for (const [v, visit] of visits.entries()) {
       if (!closed && visit.end.length > 0) {
@@ -106,7 +119,10 @@ class Writer {
       }
       this.visit(v, visit, boundaries);
     }
-    if (!closed) this.emit({ op: "coefficient", waits: [] });
+    if (!closed) {
+      this.agree();
+      this.emit({ op: "coefficient", waits: [] });
+    }
     return this.tape(kind);
   }
 
@@ -198,6 +214,20 @@ class Writer {
     this.emit({ op: "copy", queue, operand, from, to, at, bytes, waits: [] });
   }
 
+  exchange(op: "send" | "receive", operand: Boundary, count: number, peer: number, place: P, bytes: number): void {
+    this.emit({ op, operand, count, peer, place, bytes, waits: [] });
+  }
+
+  /** Update on backward: before the first update, every rank knows that all losses are finite. */
+  private agree(): void {
+    if (!this.mustAgree || this.agreed) return;
+    this.agreed = true;
+    this.emit({ op: "agree", waits: [] });
+  }
+  private get mustAgree(): boolean {
+    return this.policy.update === "backward" && this.policy.stages !== undefined;
+  }
+
   private visit(v: number, visit: Visit, boundaries: Boundaries): void {
     const { passes, pending, complete, end } = visit;
     const ahead: Copy[] = [];
@@ -217,11 +247,15 @@ class Writer {
       boundaries.before(pass.index);
       this.pass(pass, boundaries);
       boundaries.after(pass.index);
+      if (pass.index === this.lastLoss && this.mustAgree) this.emit({ op: "report", waits: [] });
     }
     if (passes.length === 0) this.emitCopies(behind);
     for (const b of complete) {
       this.emit({ op: "norm", block: b, sums: this.sumsOf(b), waits: [] });
-      if (this.policy.update === "backward") this.emitCopies(this.update(b, "sums"));
+      if (this.policy.update === "backward") {
+        this.agree();
+        this.emitCopies(this.update(b, "sums"));
+      }
       if (this.policy.update === "forward") this.pack(b);
     }
     for (const b of end) this.emitCopies(this.update(b, "sums"));
@@ -326,7 +360,7 @@ class Writer {
   // ---- the result
 
   private tape(kind: "step" | "flush"): Tape {
-    const { schedule, recompute, update, clip, state, microBatches, dims, boundary } = this.policy;
+    const { schedule, recompute, update, clip, state, microBatches, dims, boundary, stages } = this.policy;
     for (const [p, { opens, closes }] of this.lent)
       if (opens >= 0 && closes > opens) this.buffers.lend(p, opens, closes);
     const used = this.buffers.place(this.position);
@@ -337,6 +371,7 @@ class Writer {
     const placement: Placement = {
       arenas: { deviceBytes: used.device, hostBytes: used.host, diskBytes: used.disk },
       homes: this.layouts.map((_, b) => ({ param: at(this.homes.param[b]!), state: at(this.homes.state[b]!) })),
+      ...(stages === undefined ? {} : { stages: stages.of }),
     };
     return {
       format: "stromatolite.tape",
@@ -348,6 +383,7 @@ class Writer {
       clip,
       state,
       microBatches: kind === "flush" ? 0 : microBatches,
+      ...(stages === undefined ? {} : { stages }),
       dims: boundary === "slot" ? null : dims,
       placement,
       slots: used.slot,
@@ -355,6 +391,13 @@ class Writer {
       instructions: this.instructions,
     };
   }
+}
+
+/** No update stands before the last pass that may give a loss which is not finite: with several losses, some would. */
+function holdUpdates(visits: Visit[]): void {
+  const last = visits.findLastIndex((v) => v.passes.some((p) => p.op !== "backward"));
+  const held = visits.slice(0, Math.max(0, last)).flatMap((v) => v.complete.splice(0));
+  visits[last]?.complete.unshift(...held);
 }
 
 /** The i-th of n shares of a list: the first entry goes to the first share, none to the end of the last. */
@@ -386,6 +429,12 @@ function relocate(i: Instruction, index: readonly P[]): void {
     case "update":
       Object.assign(i, { param: to(i.param), state: to(i.state), grad: i.grad.map(to) });
       break;
+    case "send":
+    case "receive":
+      i.place = to(i.place);
+      break;
+    case "report":
+    case "agree":
     case "coefficient":
       break;
   }

@@ -255,12 +255,12 @@ const byQueue = (of: (queue: Queue) => number): Record<Queue, number> =>
   Object.fromEntries(QUEUES.map((queue) => [queue, of(queue)])) as Record<Queue, number>;
 
 function blockName(graph: Graph, at: Tape["instructions"][number]): string | null {
-  const block = at.op === "copy" ? at.operand.block : at.op === "coefficient" ? -1 : at.block;
+  const block = "operand" in at ? at.operand.block : "block" in at ? at.block : -1;
   return graph.blocks[block]?.name ?? null;
 }
 
 function microBatchOf(at: Tape["instructions"][number]): number | null {
-  if (at.op === "copy") return "microBatch" in at.operand ? at.operand.microBatch : null;
+  if ("operand" in at) return "microBatch" in at.operand ? at.operand.microBatch : null;
   return "microBatch" in at ? at.microBatch : null;
 }
 

@@ -8,7 +8,7 @@ let view = { ...whole };
 const style = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
 const tip = document.getElementById("tip");
 const [memory, queues] = ["memory", "queues"].map((id) => document.getElementById(id));
-const lanes = [["compute", "compute"], ["in", "host to device"], ["out", "device to host"], ["load", "disk to host"], ["save", "host to disk"]]
+const lanes = [["compute", "compute"], ["in", "host to device"], ["out", "device to host"], ["load", "disk to host"], ["save", "host to disk"], ["send", "to other ranks"], ["receive", "from other ranks"]]
   .filter(([queue]) => data.run.some((r) => r[0] === queue));
 const total = data.time.map((_, k) => data.stack.reduce((sum, column) => sum + column[k], 0));
 /** All of the arena is allocated, used or not; the workspace stands on top. */

@@ -23,6 +23,8 @@ export const QUEUE_TITLES: Readonly<Record<Queue, string>> = {
   out: "out: device to host",
   load: "load: disk to host",
   save: "save: host to disk",
+  send: "send: to other ranks",
+  receive: "receive: from other ranks",
 };
 
 export function traceOf(document: ProfileDocument): { displayTimeUnit: "ms"; traceEvents: TraceEvent[] } {

@@ -49,10 +49,42 @@ export interface SessionOptions {
   };
   /** Bytes of a CUDA device's memory that may be used: imitates a smaller card. Default: all. */
   deviceMemory?: number;
+  /** The others that train the same model; tapes then have stages. From joinRanks; left by its owner after dispose(). */
+  ranks?: NativeRanks;
   /** With device "sim". */
   sim?: SimDeviceOptions;
   /** Folder for state and boundaries that a tape places on disk; the files in it are removed at the end. */
   diskFolder?: string;
+}
+
+/** Where ranks meet, and which of them this one is. */
+export interface RankSpec {
+  rank: number;
+  size: number;
+  /** Of the store that all meet at: a host name or address. */
+  address: string;
+  port: number;
+  /** Rank 0 serves the store. False: something else does already (torchrun's agent). */
+  serve: boolean;
+  /** Before every key, so that several runs may share a store. */
+  prefix: string;
+  /** How long to wait for the others. */
+  joinSeconds: number;
+  /** How long another may be silent before it counts as lost; at least 1. */
+  silenceSeconds: number;
+}
+
+export interface NativeRanks {
+  readonly rank: number;
+  readonly size: number;
+  /** Everyone's text, by rank. Collective: every rank calls it, in one order. */
+  gather(mine: string): Promise<string[]>;
+  /** Tells the others why this rank ends; whatever any rank waits for then rejects with RANKS. */
+  fail(why: string): void;
+  /** The last call of a rank for which all went well. */
+  leave(): Promise<void>;
+  /** Bytes of boundaries since joining. */
+  counts(): { sentBytes: number; receivedBytes: number };
 }
 
 export interface StepRequest {
@@ -98,6 +130,9 @@ export interface StepResult {
   bytesFromDevice: number;
   bytesLoaded: number;
   bytesSaved: number;
+  /** Boundaries to and from other ranks. */
+  bytesSent: number;
+  bytesReceived: number;
   /** Update "backward": blocks left as they were because their gradient was not finite. */
   skippedBlocks: number[];
   profile?: StepProfile;

@@ -63,9 +63,9 @@ export function sessionOptions(c: LawCase, extra: Partial<SessionOptions> = {}):
 }
 
 /** The plain depth-first run in which nothing moves. */
-export function trainResident(native: NativeAddon, c: LawCase): Promise<Outcome> {
+export function trainResident(native: NativeAddon, c: LawCase, threads = 2): Promise<Outcome> {
   const policy = residentPolicy(c.graph, { microBatches: c.microBatches, clip: c.clip, state: c.state });
-  return trainCase(native, sessionOptions(c), c, { step: writeTape(c.graph, policy).step, flush: null });
+  return trainCase(native, sessionOptions(c, { threads }), c, { step: writeTape(c.graph, policy).step, flush: null });
 }
 
 /** What of `a` differs from `b`, by name. */

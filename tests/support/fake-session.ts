@@ -149,6 +149,8 @@ export class FakeSession implements NativeSession {
       bytesFromDevice: 0,
       bytesLoaded: 0,
       bytesSaved: 0,
+      bytesSent: 0,
+      bytesReceived: 0,
       skippedBlocks: [],
       peakDeviceBytes: 0,
       peakHostBytes: 4 * V * V,

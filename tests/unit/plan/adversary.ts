@@ -65,8 +65,14 @@ export function touches(graph: Graph, tape: Tape, i: Instruction): { reads: Rang
       return { reads: all([i.from]), writes: all([i.to]) };
     case "norm":
       return { reads: all(i.sums), writes: all(i.sums) };
+    case "report":
+    case "agree":
     case "coefficient":
       return { reads: [], writes: [] };
+    case "send":
+      return { reads: [rangeOf(tape.places[i.place]!, 0, i.bytes)], writes: [] };
+    case "receive":
+      return { reads: [], writes: [rangeOf(tape.places[i.place]!, 0, i.bytes)] };
     case "pack":
       return { reads: all(i.sums), writes: all([i.to]) };
     case "update": {

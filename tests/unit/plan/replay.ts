@@ -177,6 +177,11 @@ export class Machine {
           );
         } else if (before !== null) this.update(tape, i, before, this.at(i.grad[0]!));
         break;
+      case "report":
+      case "agree":
+      case "send":
+      case "receive":
+        throw new Error("a replay is of one rank");
       default:
         this.pass(tape, i, step);
     }

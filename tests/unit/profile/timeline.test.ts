@@ -37,6 +37,13 @@ function touches(i: Instruction, tape: Tape): { reads: [Place, number, number][]
     }
     case "cast":
       return { reads: all([i.from]), writes: all([i.to]) };
+    case "send":
+      return { reads: all([i.place]), writes: [] };
+    case "receive":
+      return { reads: [], writes: all([i.place]) };
+    case "report":
+    case "agree":
+      return { reads: [], writes: [] };
     case "norm":
       return { reads: all(i.sums), writes: [] };
     case "pack":

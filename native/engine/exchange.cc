@@ -1,0 +1,215 @@
+// What ranks tell each other in a step: losses, norms and failures (all ranks then decide alike), and the boundaries of
+// a forward that runs without a tape.
+#include <ATen/Functions.h>
+
+#include <cstring>
+
+#include "engine/error.h"
+#include "engine/step.h"
+
+namespace stroma::engine {
+namespace {
+
+// Plain little-endian fields one after the other; both ends are this function's own build (ranks check that they are).
+class Message {
+ public:
+  Message() = default;
+  explicit Message(std::string text) : text_(std::move(text)) {}
+  template <typename T>
+  void put(const T& value) {
+    text_.append(reinterpret_cast<const char*>(&value), sizeof value);
+  }
+  void put(const std::string& value) {
+    put(value.size());
+    text_ += value;
+  }
+  template <typename T>
+  T take() {
+    T value;
+    need(sizeof value);
+    std::memcpy(&value, text_.data() + at_, sizeof value);
+    at_ += sizeof value;
+    return value;
+  }
+  std::string take_text() {
+    const size_t n = take<size_t>();
+    need(n);
+    at_ += n;
+    return text_.substr(at_ - n, n);
+  }
+  const std::string& text() const { return text_; }
+
+ private:
+  void need(size_t n) const {
+    if (n > text_.size() - at_) fail("RANKS", "[ranks] a rank sent a message of no sense");
+  }
+  std::string text_;
+  size_t at_ = 0;
+};
+
+// What an exception says, with the code that the binding tells it by.
+std::pair<std::string, std::string> told(const std::exception_ptr& failure) {
+  if (failure == nullptr) return {};
+  try {
+    std::rethrow_exception(failure);
+  } catch (const Error& error) {
+    return {error.code, error.what()};
+  } catch (const std::exception& error) {
+    return {"NATIVE", error.what()};
+  }
+}
+
+// Codes are literals of this program: those that another rank may send.
+const char* code_of(const std::string& text) {
+  for (const char* code : {"OUT_OF_MEMORY", "TAPE", "DATA", "SHAPE", "GRAPH", "DISK_FULL", "INVALID_ARGUMENT"})
+    if (text == code) return code;
+  return "NATIVE";
+}
+
+}  // namespace
+
+// Tells the others how this rank fares; nobody waits.
+void Executor::report(Step& step) {
+  StepResult& result = step.result;
+  Message mine;
+  mine.put(step.agreed);
+  if (!step.agreed) {
+    const auto [code, text] = told(step.failure);
+    mine.put(code);
+    mine.put(text);
+    mine.put(step.aborted);
+    mine.put(result.finite);
+    mine.put(result.non_finite_micro_batch);
+    mine.put(result.non_finite_loss);
+    for (const auto& by_micro_batch : step.losses)
+      for (const std::optional<double>& loss : by_micro_batch) {
+        mine.put(loss.has_value());
+        mine.put(loss.value_or(0));
+      }
+  }
+  for (const at::Tensor& norm : step.norms) {
+    mine.put(norm.defined());
+    mine.put(norm.defined() ? norm.item<double>() : 0.0);
+  }
+  step.reported = spec_.ranks->begin_gather(Ranks::Channel::kEngine, mine.text());
+}
+
+// Afterwards losses are those of all ranks, norms those of all parameters, and all ranks are dead or none is. The first
+// exchange of a step settles losses and failures; a later one (update on backward: at its end) only norms.
+void Executor::exchange(Step& step) {
+  StepResult& result = step.result;
+  if (!step.reported) report(step);
+  const std::vector<std::string> all = step.reported();
+  step.reported = nullptr;
+  const bool first = !step.agreed;
+  if (first) {
+    result.finite = true;
+    result.non_finite_micro_batch = -1;
+  }
+  for (size_t r = 0; r < all.size(); ++r) {
+    Message theirs(all[r]);
+    if (theirs.take<bool>() == first) fail("RANKS", "[ranks] rank ", r, " is at another place of its tape");
+    if (first) {
+      const std::string code = theirs.take_text(), text = theirs.take_text();
+      if (!code.empty() && step.failure == nullptr)
+        step.failure =
+            std::make_exception_ptr(Error(code_of(code), "[ranks] rank " + std::to_string(r) + " failed: " + text));
+      step.aborted |= theirs.take<bool>();
+      const bool finite = theirs.take<bool>();
+      const int micro_batch = theirs.take<int>();
+      const double value = theirs.take<double>();
+      if (!finite && (result.finite || (micro_batch >= 0 && micro_batch < result.non_finite_micro_batch))) {
+        result.finite = false;
+        result.non_finite_micro_batch = micro_batch;
+        result.non_finite_loss = value;
+      }
+      for (auto& by_micro_batch : step.losses)
+        for (std::optional<double>& loss : by_micro_batch) {
+          const bool known = theirs.take<bool>();
+          const double value = theirs.take<double>();
+          if (known) loss = value;
+        }
+    }
+    for (at::Tensor& norm : step.norms) {
+      const bool defined = theirs.take<bool>();
+      const double value = theirs.take<double>();
+      if (defined && !norm.defined()) norm = at::scalar_tensor(value, at::dtype(state_->wide()).device(spec_.device));
+    }
+  }
+  step.agreed = true;
+  if (step.failure != nullptr || step.aborted || !result.finite) step.dead = true;
+}
+
+// By block of a graph that shares the trained one's parameters: the rank that runs it, which is its parameters'; a
+// block without any runs where its first input comes from.
+std::vector<int> Executor::ranks_of_blocks(const LoadedGraph& loaded) const {
+  const std::vector<int>& stages = state_->placement().stages;
+  std::vector<int> rank_of(loaded.graph.blocks.size(), 0);
+  if (stages.empty()) return rank_of;
+  for (size_t b = 0; b < rank_of.size(); ++b) {
+    const auto& owners = loaded.owners[b];
+    if (!owners.empty()) {
+      rank_of[b] = stages[owners.front()];
+      for (const int owner : owners)
+        if (stages[owner] != rank_of[b])
+          fail("GRAPH", "[graph] block ", loaded.graph.blocks[b].name, " needs parameters of ranks ", rank_of[b],
+               " and ", stages[owner]);
+      continue;
+    }
+    for (const Source& source : loaded.graph.blocks[b].inputs)
+      if (source.block >= 0) {
+        rank_of[b] = rank_of.at(source.block);
+        break;
+      }
+  }
+  return rank_of;
+}
+
+// By block: the ranks that read what it gives, other than its own.
+std::vector<std::vector<char>> Executor::readers(const LoadedGraph& loaded, const std::vector<int>& rank_of) const {
+  const size_t ranks = spec_.ranks ? static_cast<size_t>(spec_.ranks->spec().size) : 1;
+  const Graph& graph = loaded.graph;
+  std::vector<std::vector<char>> read(graph.blocks.size(), std::vector<char>(ranks, 0));
+  for (size_t b = 0; b < graph.blocks.size(); ++b)
+    for (const Source& source : graph.blocks[b].inputs)
+      if (source.block >= 0) read.at(source.block)[rank_of[b]] = 1;
+  for (const GraphOutput& output : graph.outputs) read.at(output.block).assign(ranks, 1);
+  for (size_t b = 0; b < graph.blocks.size(); ++b) read[b][rank_of[b]] = 0;
+  return read;
+}
+
+// A block's outputs from the rank that ran it to those that read them; shapes go before.
+void Executor::share(std::vector<at::Tensor>& outputs, const std::vector<char>& readers, int from) const {
+  Ranks& ranks = *spec_.ranks;
+  constexpr int64_t kMostDims = 13;
+  const auto channel = Ranks::Channel::kEngine;
+  const int self = ranks.spec().rank;
+  if (self == from) {
+    for (size_t r = 0; r < readers.size(); ++r) {
+      if (!readers[r]) continue;
+      for (const at::Tensor& output : outputs) {
+        const at::Tensor value = output.detach().to(at::kCPU).contiguous();
+        std::vector<int64_t> header(kMostDims + 2, 0);
+        header[0] = static_cast<int64_t>(value.scalar_type());
+        header[1] = value.dim();
+        for (int64_t d = 0; d < value.dim() && d < kMostDims; ++d) header[2 + d] = value.size(d);
+        ranks.send(channel, at::tensor(header, at::kLong).view(at::kByte), static_cast<int>(r));
+        if (value.numel() > 0) ranks.send(channel, value.view({-1}).view(at::kByte), static_cast<int>(r));
+      }
+    }
+    return;
+  }
+  if (!readers[self]) return;
+  for (at::Tensor& output : outputs) {
+    const at::Tensor header = at::empty({(kMostDims + 2) * 8}, at::kByte);
+    ranks.receive(channel, header, from);
+    const int64_t* h = static_cast<const int64_t*>(header.const_data_ptr());
+    if (h[1] < 0 || h[1] > kMostDims) fail("RANKS", "[ranks] rank ", from, " sent a tensor of no sense");
+    const at::Tensor value =
+        at::empty(at::IntArrayRef(h + 2, static_cast<size_t>(h[1])), at::dtype(static_cast<at::ScalarType>(h[0])));
+    if (value.numel() > 0) ranks.receive(channel, value.view({-1}).view(at::kByte), from);
+    output = value.to(spec_.device);
+  }
+}
+
+}  // namespace stroma::engine

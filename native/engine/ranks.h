@@ -1,0 +1,51 @@
+// The ranks of a run: processes (or sessions of one process) that train one model together, over libtorch's own c10d:
+// a TCPStore to meet at, Gloo to talk over. Everything is point to point, so that whatever waits can be ended: a rank
+// that fails says so in the store, one that is silent is missed there, and then every wait throws, naming it.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace stroma::engine {
+
+struct RankSpec {
+  int rank = 0, size = 1;
+  std::string address;  // of the store
+  int port = 0;
+  bool serve = false;  // rank 0 hosts the store, unless a launcher's agent does
+  std::string prefix;  // of every key
+  double join_seconds = 60;
+  double silence_seconds = 30;  // after which a rank counts as lost
+};
+
+class Ranks {
+ public:
+  // Channels are independent: what is sent on one is never received on another.
+  enum class Channel { kData, kEngine, kHost };
+
+  // Returns when all ranks are there. Throws RANKS, naming which is missing after join_seconds.
+  static std::shared_ptr<Ranks> join(const RankSpec& spec);
+  virtual ~Ranks() = default;
+
+  virtual const RankSpec& spec() const = 0;
+  // Both return when the bytes are gone, or there. Between two ranks and on one channel, messages arrive in order. Any
+  // thread; one sender and one receiver at a time for each channel and peer. Throw RANKS when a rank is lost.
+  virtual void send(Channel channel, const at::Tensor& bytes, int peer) = 0;
+  virtual void receive(Channel channel, const at::Tensor& bytes, int peer) = 0;
+  // Everyone's text by rank. Collective. begin_gather() sends and does not wait; what it returns does.
+  using Gathering = std::function<std::vector<std::string>()>;
+  virtual Gathering begin_gather(Channel channel, const std::string& mine) = 0;
+  std::vector<std::string> gather(Channel channel, const std::string& mine) { return begin_gather(channel, mine)(); }
+  // Tells the others that this rank is failing; every wait of every rank throws from now on.
+  virtual void fail(const std::string& why) = 0;
+  // The last thing a rank does when all went well. Waits for nobody.
+  virtual void leave() = 0;
+  // Since joining, without messages of gather().
+  virtual int64_t sent_bytes() const = 0;
+  virtual int64_t received_bytes() const = 0;
+};
+
+}  // namespace stroma::engine

@@ -1,0 +1,94 @@
+/**
+ * Which rank runs which block. A rank holds the state of its own blocks only, so R ranks need 1/R of it each; what
+ * crosses between them are boundaries and their gradients.
+ */
+import { StromaError } from "../errors.js";
+import { programCost } from "../graph/costs.js";
+import { evaluate } from "../graph/dims.js";
+import type { Graph } from "../graph/types.js";
+import { ownersOf } from "./layout.js";
+import type { Stages } from "./types.js";
+
+/**
+ * alternating: block b on rank b mod R. Breadth-first, all ranks are busy nearly always (TAPE.md, section 4).
+ * contiguous: a stretch of blocks each, as equal in work as they can be. Fewest boundaries cross; breadth-first, ranks
+ * wait for each other, so it is for the schedules that keep several micro-batches under way.
+ */
+export type StageRule = "alternating" | "contiguous";
+export const STAGE_RULES: readonly StageRule[] = ["alternating", "contiguous"];
+
+/** Blocks that share a parameter (tied embeddings) go where the first of them is. Throws CONFIG for too many ranks. */
+export function assignStages(graph: Graph, ranks: number, rule: StageRule = "alternating"): number[] {
+  const blocks = graph.blocks.length;
+  const of = rule === "alternating" ? graph.blocks.map((_, b) => b % ranks) : contiguous(workOf(graph), ranks);
+  for (let b = 0; b < blocks; b++) {
+    const first = tiedTo(graph, b);
+    if (first !== null) of[b] = of[first]!;
+  }
+  checkStages(graph, { rank: 0, ranks, of });
+  return of;
+}
+
+/** Throws CONFIG for ranks without work, and for a parameter that two ranks would use. */
+export function checkStages(graph: Graph, { rank, ranks, of }: Stages): void {
+  const refuse = (why: string) => {
+    throw new StromaError("CONFIG", `[plan] ${why}`);
+  };
+  if (!Number.isSafeInteger(ranks) || ranks < 1) refuse(`expected at least 1 rank, got ${ranks}`);
+  if (!Number.isSafeInteger(rank) || rank < 0 || rank >= ranks) refuse(`there is no rank ${rank} of ${ranks}`);
+  if (of.length !== graph.blocks.length)
+    refuse(`expected a rank for each of ${graph.blocks.length} blocks, got ${of.length}`);
+  for (const [b, r] of of.entries()) {
+    if (!Number.isSafeInteger(r) || r < 0 || r >= ranks)
+      refuse(`block ${graph.blocks[b]!.name} is on rank ${r}, and there are ${ranks}`);
+    for (const owner of ownersOf(graph, b))
+      if (of[owner] !== r)
+        refuse(
+          `blocks ${graph.blocks[owner]!.name} and ${graph.blocks[b]!.name} share a parameter: give them one rank`,
+        );
+  }
+  for (let r = 0; r < ranks; r++)
+    if (!of.includes(r))
+      refuse(`rank ${r} of ${ranks} would have no block of ${graph.model}, which has ${of.length}. Take fewer ranks`);
+}
+
+/** The earlier block whose parameter b uses; null: b stands for itself. */
+function tiedTo(graph: Graph, b: number): number | null {
+  const [first] = ownersOf(graph, b);
+  return first === undefined || first === b ? null : first;
+}
+
+/** FLOPs of every block's forward, at sizes of which only the ratios matter. */
+function workOf(graph: Graph): number[] {
+  const names = graph.inputs.flatMap((i) => i.shape.flatMap((d) => String(d).match(/[A-Za-z_]\w*/g) ?? []));
+  const dims = Object.fromEntries(names.map((name) => [name, name === "B" ? 1 : 512]));
+  const work = graph.programs.map((p) => evaluate(programCost(p, graph.dtype ?? "float32", []).forwardFlops, dims));
+  return graph.blocks.map((b) => Math.max(1, work[b.program]!));
+}
+
+/** Cuts a list into `parts` stretches whose largest sum is least. */
+function contiguous(work: readonly number[], parts: number): number[] {
+  const total = work.reduce((a, b) => a + b, 0);
+  let [low, high] = [Math.max(...work), total];
+  const cut = (limit: number): number[] => {
+    const of: number[] = [];
+    let [part, sum] = [0, 0];
+    for (const [b, w] of work.entries()) {
+      // Every later part must be left a block.
+      const mustOpen = work.length - b <= parts - 1 - part;
+      if (of.length > 0 && (sum + w > limit || mustOpen)) {
+        part++;
+        sum = 0;
+      }
+      sum += w;
+      of.push(part);
+    }
+    return of;
+  };
+  for (let k = 0; k < 60 && high - low > 1; k++) {
+    const middle = (low + high) / 2;
+    if (cut(middle).at(-1)! < parts) high = middle;
+    else low = middle;
+  }
+  return cut(high);
+}

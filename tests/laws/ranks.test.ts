@@ -1,0 +1,75 @@
+/**
+ * Laws 1, 3 and 6 for several ranks: whatever blocks are on whichever rank, losses, norms, parameters and moments are
+ * those of one rank, to the bit, and the bytes on the wire are those of the tapes.
+ */
+import { mkdtempSync, readdirSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { afterAll, describe, expect, it } from "vitest";
+import { ownersOf } from "../../src/plan/layout.js";
+import type { NativeRanks } from "../../src/train/native-session.js";
+import { nativeOrSkip } from "../support/native.js";
+import { random } from "../support/random-models.js";
+import { lawCase } from "./offload-case.js";
+import { joinAll, trainRanks } from "./rank-case.js";
+import { differences, randomPolicy, sessionOptions, trainResident } from "./trial.js";
+
+const native = nativeOrSkip();
+const cases = Number(process.env.STROMA_CASES ?? 60);
+const firstSeed = Number(process.env.STROMA_SEED ?? 1);
+const folder = mkdtempSync(join(tmpdir(), "stroma-ranks-"));
+const groups = new Map<number, NativeRanks[]>();
+afterAll(async () => {
+  for (const ranks of groups.values()) await Promise.all(ranks.map((r) => r.leave()));
+  rmSync(folder, { recursive: true, force: true });
+});
+
+describe.skipIf(!native)("any number of ranks gives the same numbers", () => {
+  it(`holds over ${cases} random models, plans and stages`, { timeout: cases * 4_000 + 60_000 }, async () => {
+    for (let seed = firstSeed; seed < firstSeed + cases; seed++) {
+      const c = lawCase(seed);
+      const next = random(seed * 104_729 + 7);
+      const size = Math.min(
+        1 + Math.floor(next() * 4),
+        new Set(c.graph.blocks.map((_, b) => ownersOf(c.graph, b)[0] ?? b)).size,
+      );
+      const policy = randomPolicy(next, c);
+      if (policy.boundary === "slot") policy.boundary = "device";
+      const of = randomStages(next, c.graph, size);
+      if (of === null) continue;
+      let ranks = groups.get(size);
+      if (ranks === undefined) groups.set(size, (ranks = await joinAll(native!, size)));
+      const options = sessionOptions(c, {
+        device: "sim",
+        diskFolder: folder,
+        threads: 1,
+        sim: { memoryBytes: null, hostToDevice: null, deviceToHost: null, adversary: null },
+      });
+      const label = `seed ${seed}: ${c.label}, ${size} ranks, blocks on ${of}, ${JSON.stringify({ ...policy, dims: undefined })}`;
+      const plain = await trainResident(native!, c, options.threads);
+      const other = await trainRanks(native!, ranks, options, c, policy, of).catch((error: Error) => {
+        throw new Error(`${label}: ${error.message}`);
+      });
+      expect(differences(other, plain), label).toEqual([]);
+      expect(other.sent, label).toEqual(other.planned);
+      for (const [i, result] of plain.results.entries())
+        for (const theirs of [other.results, ...other.others]) {
+          expect(theirs[i]!.loss, label).toBe(result.loss);
+          expect(theirs[i]!.losses, label).toEqual(result.losses);
+          expect(theirs[i]!.microBatchLosses, label).toEqual(result.microBatchLosses);
+          expect(theirs[i]!.gradNorm, label).toBe(result.gradNorm);
+        }
+    }
+    expect(readdirSync(folder)).toEqual([]);
+  });
+});
+
+/** Tied blocks together, every rank with something; null where the draw left one without. */
+function randomStages(next: () => number, graph: ReturnType<typeof lawCase>["graph"], ranks: number): number[] | null {
+  const of: number[] = [];
+  for (const b of graph.blocks.keys()) {
+    const first = ownersOf(graph, b)[0];
+    of.push(first !== undefined && first < b ? of[first]! : Math.floor(next() * ranks));
+  }
+  return new Set(of).size === ranks ? of : null;
+}
