@@ -63,7 +63,7 @@ export function describeError(error: unknown): { code: string; message: string }
 /** `batchSize 8` -> `--batch-size 8`: option names of the library that have a flag's shape, outside of paths. */
 function flagged(message: string): string {
   return message.replace(/(?<![\w./-])[a-z]+(?:[A-Z][a-zA-Z]*)+(?![\w./-])/g, (name) =>
-    name in FLAG_SHAPED ? `--${kebab(name)}` : name,
+    Object.hasOwn(FLAG_SHAPED, name) ? `--${kebab(name)}` : name,
   );
 }
 

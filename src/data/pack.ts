@@ -9,6 +9,7 @@
  * "whole": a document that fits a row is never cut: when it does not fit what is left, the row is padded. Longer ones are
  * cut to fill rows. "split": every row is filled, documents are cut wherever a row ends.
  */
+import { totalmem } from "node:os";
 import { StromaError } from "../errors.js";
 import type { DataBatch } from "./types.js";
 
@@ -33,6 +34,8 @@ export class RowPacker {
   ) {
     const words = 2 * rows * length;
     try {
+      // The system would give out more than there is, and end the process once it is written to.
+      if (16 * words > totalmem()) throw new RangeError("more than this machine's memory");
       this.ids = new Int32Array(words);
       this.labels = new Int32Array(words);
       this.positions = new Int32Array(words);

@@ -159,7 +159,8 @@ function checkHeader(record: string[], line: number): string[] {
   if (bad !== null) throw new SourceRefused(`the header has ${bad}`, line);
   if (names.some((n) => n === "")) throw new SourceRefused("a column without a name in the header", line);
   if (names.length === 1 && /[<>]/.test(names[0]!)) throw new SourceRefused("markup where a header should stand", line);
-  const twice = names.find((n, i) => names.indexOf(n) !== i);
+  const seen = new Set<string>();
+  const twice = names.find((n) => seen.size === seen.add(n).size);
   if (twice !== undefined) throw new SourceRefused(`the column ${JSON.stringify(twice)} twice in the header`, line);
   return names;
 }

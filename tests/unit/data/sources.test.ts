@@ -282,6 +282,8 @@ describe("files", () => {
     await expect(findFiles(`${at}/none*`)).rejects.toThrow(/found no file/);
     await expect(findFiles(path.join(at, "ignored.bin"))).rejects.toThrow(/expected a file of .csv/);
     expect(globToRegExp("a+(b).?sv").test("a+(b).csv")).toBe(true);
+    expect(globToRegExp(`d/${"*".repeat(60)}x`).test(`d/${"y".repeat(200)}`)).toBe(false);
+    expect(globToRegExp("d/***/x").test("d/e/f/x")).toBe(true);
   });
 
   it("that have not changed are not read twice, and those that have are", async () => {
