@@ -50,14 +50,21 @@ const children = new Set();
 const held = []; // locks, as the pipes to their holders
 let watching = false;
 let interrupted = 0; // the status to end with, once a signal came
+let interruptedAt = 0;
+const ECHO_MS = 400;
 
 function watchSignals() {
   if (watching) return;
   watching = true;
   for (const [signal, code] of Object.entries(SIGNALS)) {
     const handler = () => {
-      if (interrupted) return;
+      if (interrupted) {
+        // npm passes a Ctrl-C on that the terminal has sent too: what comes with the first one is the same press.
+        if (Date.now() - interruptedAt > ECHO_MS) for (const child of children) child.kill("SIGKILL");
+        return;
+      }
       interrupted = code;
+      interruptedAt = Date.now();
       say("stroma: interrupted; what is complete stays, the rest is done again next time");
       // The locks are let go when this process ends, so it outlives what works under them.
       for (const child of children) child.kill("SIGTERM");

@@ -1,9 +1,10 @@
 /** Files that survive a kill: written aside, synced, renamed. And who is alive to own the ones lying about. */
 import { createHash } from "node:crypto";
 import { createReadStream, readFileSync } from "node:fs";
-import { type FileHandle, open, readFile, rename, rm } from "node:fs/promises";
+import { type FileHandle, open, readFile, rename, rm, stat } from "node:fs/promises";
 import { dirname } from "node:path";
 import { StromaError } from "../errors.js";
+import { isTooDeep } from "../graph/hash.js";
 
 /** write() may write less than it was given, e.g. past 2 GiB. */
 export async function writeAll(handle: FileHandle, bytes: Uint8Array): Promise<void> {
@@ -47,10 +48,12 @@ export async function sha256File(path: string): Promise<string> {
   return hash.digest("hex");
 }
 
-/** @throws CHECKPOINT naming the file when it is missing, over `mostBytes`, or not JSON of an object */
+/** @throws CHECKPOINT naming the file when it is missing, no file, over `mostBytes`, too deep or not JSON of an object */
 export async function readJson(path: string, mostBytes = 256 << 20): Promise<Record<string, unknown>> {
   let text: string;
   try {
+    // A pipe would be waited on until somebody writes.
+    if (!(await stat(path)).isFile()) throw new Error("it is not a file");
     const handle = await open(path, "r");
     try {
       const { size } = await handle.stat();
@@ -61,6 +64,7 @@ export async function readJson(path: string, mostBytes = 256 << 20): Promise<Rec
     }
     const value: unknown = JSON.parse(text);
     if (value === null || typeof value !== "object" || Array.isArray(value)) throw new Error("it is not a JSON object");
+    if (isTooDeep(value)) throw new Error("it is nested too deep");
     return value as Record<string, unknown>;
   } catch (error) {
     throw new StromaError(

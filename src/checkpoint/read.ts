@@ -2,6 +2,7 @@
 import { readFile, stat } from "node:fs/promises";
 import { basename, join, resolve } from "node:path";
 import { StromaError } from "../errors.js";
+import { checkGraphForm } from "../graph/form.js";
 import { graphHash } from "../graph/hash.js";
 import type { Graph } from "../graph/types.js";
 import type { FileEntry, NativeSession, StateEntry, StateKind } from "../train/native-session.js";
@@ -57,9 +58,9 @@ export async function openCheckpoint(path: string): Promise<Checkpoint & { skipp
   throw damaged(path, "no checkpoint in it: expected state.json, or a folder `checkpoints` of a training run");
 }
 
-/** @throws CHECKPOINT when the graph's hash is not the one that state.json gives */
+/** @throws CHECKPOINT when the graph's hash is not the one that state.json gives; GRAPH for what is no graph */
 export async function readGraph(checkpoint: Checkpoint, file: string = FILES.graph): Promise<Graph> {
-  const graph = (await readJson(join(checkpoint.path, file))) as unknown as Graph;
+  const graph = checkGraphForm(await readJson(join(checkpoint.path, file)), join(checkpoint.path, file));
   if (file === FILES.graph && graphHash(graph) !== checkpoint.state.graphHash)
     throw damaged(join(checkpoint.path, file), "it is not the graph that state.json names");
   return graph;

@@ -32,13 +32,24 @@ export function parseConfig(
 ): Record<string, unknown> {
   const lines = new LineCounter();
   // `uniqueKeys` and the schema of YAML 1.2: `no` and `on` stay text.
-  const document = parseDocument(source, { lineCounter: lines, prettyErrors: false, version: "1.2" });
+  const document = parseDocument(source, {
+    lineCounter: lines,
+    prettyErrors: false,
+    version: "1.2",
+    logLevel: "error",
+  });
   const problem = document.errors[0];
   if (problem !== undefined) {
     const { line, col } = lines.linePos(problem.pos[0]);
     throw new StromaError("CONFIG", `[config] ${path}:${line}:${col}: ${problem.message}`, { path, line });
   }
-  const value: unknown = document.toJS({ maxAliasCount: 100 });
+  let value: unknown;
+  try {
+    value = document.toJS({ maxAliasCount: 100 });
+  } catch (cause) {
+    // An alias without its anchor, or aliases of aliases that would unfold to gigabytes.
+    throw new StromaError("CONFIG", `[config] ${path}: ${(cause as Error).message}`, { path }, { cause });
+  }
   if (value === null || value === undefined) return {};
   if (typeof value !== "object" || Array.isArray(value))
     throw new StromaError(

@@ -99,7 +99,7 @@ export function inspectTable(d: DataDescription): string {
     for (const c of shown) {
       const range = c.minimum === null ? (c.example ?? "") : `${short(c.minimum)} .. ${short(c.maximum!)}`;
       const line = `${c.name.padEnd(width)}  ${c.type.padEnd(7)}  ${percent(c.missing)}  ${range.slice(0, 40)}`;
-      out.push(d.leftOut[c.name] === undefined ? line : pc.dim(`${line}  (not in the text: ${d.leftOut[c.name]})`));
+      out.push(!Object.hasOwn(d.leftOut, c.name) ? line : pc.dim(`${line}  (not in the text: ${d.leftOut[c.name]})`));
     }
     if (d.columns.length > shown.length)
       out.push(pc.dim(`... and ${d.columns.length - shown.length} emptier ones: --json shows all`));

@@ -4,6 +4,7 @@
  */
 import { type ErrorCode, StromaError } from "../errors.js";
 import { kebab } from "./options.js";
+import { harmless } from "./ui/format.js";
 
 /** Exit statuses of every command; `stroma --help` prints them. */
 export const EXIT = {
@@ -38,6 +39,10 @@ const SYSTEM: Record<string, string> = {
   EROFS: "the file system is read-only. Choose another path",
   ENOTDIR: "a part of this path is a file, not a folder",
   EISDIR: "it is a folder, not a file",
+  ERR_FS_EISDIR: "there is a folder where a file of that name is to be written. Move it away or choose another folder",
+  EEXIST: "there is something else of that name. Move it away or choose another folder",
+  ENAMETOOLONG: "the name is too long. Choose a shorter one",
+  ELOOP: "its symbolic links go in a circle",
   ENOSPC: "no space left on the device. Free some and try again",
   EDQUOT: "the disk quota is used up. Free some space and try again",
 };
@@ -58,7 +63,7 @@ export function describeError(error: unknown): { code: string; message: string }
 /** `batchSize 8` -> `--batch-size 8`: option names of the library that have a flag's shape, outside of paths. */
 function flagged(message: string): string {
   return message.replace(/(?<![\w./-])[a-z]+(?:[A-Z][a-zA-Z]*)+(?![\w./-])/g, (name) =>
-    name in FLAG_SHAPED ? `--${kebab(name)}` : name,
+    Object.hasOwn(FLAG_SHAPED, name) ? `--${kebab(name)}` : name,
   );
 }
 
@@ -87,7 +92,8 @@ export interface ErrorOutputs {
 export function reportError(error: unknown, { json, out, err }: ErrorOutputs): number {
   const { code, message } = describeError(error);
   if (json) out.write(`${JSON.stringify({ event: "error", code, message })}\n`);
-  else err.write(`stroma: ${message} (${code})\n`);
+  // A message may quote what a file or a command line holds: escape sequences never reach a terminal.
+  else err.write(`stroma: ${harmless(message)} (${code})\n`);
   if (process.env.STROMA_DEBUG) err.write(`${(error as Error).stack ?? String(error)}\n`);
   else if (code === "UNEXPECTED") err.write("This is a defect. STROMA_DEBUG=1 shows where it happened.\n");
   return exitCodeOf(error);

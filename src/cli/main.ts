@@ -63,7 +63,7 @@ function parser(argv: readonly string[]): Argv {
     .epilogue(EPILOGUE)
     .version(packageVersion())
     .alias({ help: "h", version: "v" })
-    .wrap(Math.min(110, process.stdout.columns ?? 100))
+    .wrap(Math.min(110, process.stdout.columns || 100))
     .fail((message, error) => {
       // Its own complaints come with or without an error of its own.
       if (error && error.name !== "YError") throw error;
@@ -103,18 +103,20 @@ function usageError(message: string, argv: readonly string[], commands: string[]
   const command = argv.find((word) => !word.startsWith("-"));
   const help = `stroma ${command !== undefined && commands.includes(command) ? `${command} ` : ""}--help`;
   if (list !== undefined) {
-    const unknown = [...new Set(list.split(", ").map((name) => kebab(camel(name))))];
+    // As it was typed, where it was; yargs also lists its camelCase twin.
+    const typed = (name: string) => (argv.includes(name) ? name : kebab(camel(name)));
+    const unknown = [...new Set(list.split(", ").map(typed))];
     const first = unknown[0]!;
     const flag = argv.some((word) => word === `-${first}` || word.startsWith(`--${first}`));
     if (flag)
       return new StromaError(
         "CONFIG",
-        `[cli] there is no option --${first}${didYouMean(first, options, "--")} See ${help}`,
+        `[cli] there is no option --${first}${didYouMean(first, options, "--") || "."} See ${help}`,
       );
     if (command === first)
       return new StromaError(
         "CONFIG",
-        `[cli] there is no command "${first}"${didYouMean(first, commands, "stroma ")} See ${help}`,
+        `[cli] there is no command "${first}"${didYouMean(first, commands, "stroma ") || "."} See ${help}`,
       );
     return new StromaError(
       "CONFIG",

@@ -9,6 +9,7 @@ import type { Options as YargsOption } from "yargs";
 import { z } from "zod";
 import { invalidArgument, StromaError } from "../errors.js";
 import { SCHEDULE_KINDS } from "../optim/schedules.js";
+import { MAX_THREADS } from "../train/options.js";
 
 export interface OptionSpec<S extends z.ZodType = z.ZodType> {
   /** Of the value, as a string of the command line or as it stands in a config file. */
@@ -294,7 +295,14 @@ export const trainOptions = {
     "cpu",
   ),
   dtype: choice(MACHINE, ["float32", "float64", "bfloat16"], "What blocks compute in", "as --precision says"),
-  threads: count(MACHINE, 0, "Threads of the engine; 0: all this process may use", 0, 2),
+  threads: declare({
+    schema: number((v) => Number.isSafeInteger(v) && v >= 0 && v <= MAX_THREADS),
+    expects: `a whole number from 0 to ${MAX_THREADS}`,
+    help: "Threads of the engine; 0: all this process may use",
+    group: MACHINE,
+    default: 0,
+    example: "2",
+  }),
   precision: choice(
     MEMORY,
     ["float32", "float64", "bfloat16"],

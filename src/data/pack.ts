@@ -9,6 +9,8 @@
  * "whole": a document that fits a row is never cut: when it does not fit what is left, the row is padded. Longer ones are
  * cut to fill rows. "split": every row is filled, documents are cut wherever a row ends.
  */
+import { totalmem } from "node:os";
+import { StromaError } from "../errors.js";
 import type { DataBatch } from "./types.js";
 
 export type Packing = "whole" | "split";
@@ -24,16 +26,29 @@ export class RowPacker {
   private readonly positions: Int32Array;
   private readonly segments: Int32Array;
 
+  /** @throws OUT_OF_MEMORY */
   constructor(
     private readonly rows: number,
     private readonly length: number,
     private readonly padding: number,
   ) {
     const words = 2 * rows * length;
-    this.ids = new Int32Array(words);
-    this.labels = new Int32Array(words);
-    this.positions = new Int32Array(words);
-    this.segments = new Int32Array(words);
+    try {
+      // The system would give out more than there is, and end the process once it is written to.
+      if (16 * words > totalmem()) throw new RangeError("more than this machine's memory");
+      this.ids = new Int32Array(words);
+      this.labels = new Int32Array(words);
+      this.positions = new Int32Array(words);
+      this.segments = new Int32Array(words);
+    } catch (cause) {
+      const bytes = (16 * words).toPrecision(3);
+      throw new StromaError(
+        "OUT_OF_MEMORY",
+        `[data] a micro-batch of ${rows} x ${length} tokens takes ${bytes} bytes, which cannot be had. Make microBatchSize or sequenceLength smaller`,
+        { rows, length },
+        { cause },
+      );
+    }
   }
 
   get full(): boolean {

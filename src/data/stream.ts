@@ -38,6 +38,9 @@ function positive(value: unknown, name: string): void {
     throw invalidArgument("data", "a positive integer", value, name);
 }
 
+/** Beyond, (epoch, unit) would leave the safe integers. */
+const MOST_EPOCHS = 0xffff_ffff;
+
 class PackedStream implements BatchStream {
   private readonly pool: UnitPool;
   private readonly units: number;
@@ -89,7 +92,12 @@ class PackedStream implements BatchStream {
       if (p[key] !== expected)
         throw invalidArgument("data", `a position with ${String(key)} ${String(expected)}`, p[key], name);
     for (const key of ["epoch", "unit", "document", "token"] as const)
-      if (!Number.isSafeInteger(p[key]) || p[key] < 0 || (key === "unit" && p[key] > this.units))
+      if (
+        !Number.isSafeInteger(p[key]) ||
+        p[key] < 0 ||
+        (key === "unit" && p[key] > this.units) ||
+        (key === "epoch" && p[key] > MOST_EPOCHS)
+      )
         throw invalidArgument("data", "a place in the data", p[key], `position.${key}`);
     this.epoch = p.epoch;
     this.unit = p.unit;
@@ -159,6 +167,9 @@ class PackedStream implements BatchStream {
       const unit = await this.fetch();
       if (this.document > unit.lengths.length)
         throw invalidArgument("data", `a document within ${unit.lengths.length}`, this.document, "position.document");
+      const size = unit.lengths[this.document] ?? 0;
+      if (this.token > size)
+        throw invalidArgument("data", `a token within the ${size} of its document`, this.token, "position.token");
       this.start = 0;
       for (let i = 0; i < this.document; i++) this.start += unit.lengths[i]!;
       this.current = unit;

@@ -6,13 +6,14 @@ import { loadPretrained } from "../checkpoint/pretrained.js";
 import { openCheckpoint, readGraph, restoreSession } from "../checkpoint/read.js";
 import { ByteTokenizer } from "../data/tokenizer.js";
 import type { Dataset, Tokenizer } from "../data/types.js";
-import { StromaError } from "../errors.js";
+import { invalidArgument, StromaError } from "../errors.js";
 import type { Graph } from "../graph/types.js";
 import { validateGraph } from "../graph/validate.js";
 import { EVAL, type EvaluateOptions, type EvaluateResult, evaluateSession } from "../train/evaluate.js";
 import { gate, type Runner } from "../train/gate.js";
 import { resolveModel } from "../train/model-source.js";
 import type { NativeSession, SessionOptions } from "../train/native-session.js";
+import { MAX_THREADS } from "../train/options.js";
 import { type Parts, realParts } from "../train/parts.js";
 import { contextLength } from "../train/training-session.js";
 import { GENERATE, type GenerateOptions, generateMany, generateText, streamText, type TextModel } from "./generate.js";
@@ -89,7 +90,8 @@ export class LoadedModel implements AsyncDisposable {
 
 /**
  * @param path a checkpoint, a run's folder (its latest whole checkpoint), or a Hugging Face folder
- * @throws CHECKPOINT for what is missing, damaged or of another model; NOT_SET_UP without the addon
+ * @throws CHECKPOINT for what is missing, damaged or of another model; INVALID_ARGUMENT for threads out of range;
+ * NOT_SET_UP without the addon
  */
 export async function loadModel(
   path: string,
@@ -98,6 +100,8 @@ export async function loadModel(
 ): Promise<LoadedModel> {
   const { createSession } = { ...realParts, ...parts };
   const { device = "cpu", threads = 0, tokenizer = new ByteTokenizer() } = options;
+  if (!Number.isSafeInteger(threads) || threads < 0 || threads > MAX_THREADS)
+    throw invalidArgument("model", `a whole number from 0 to ${MAX_THREADS}`, threads, "threads");
   const open = async (
     dtype: SessionOptions["dtype"],
     storage: SessionOptions["storage"],

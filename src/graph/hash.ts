@@ -14,3 +14,18 @@ export function canonicalJson(value: unknown): string {
     return Object.fromEntries(Object.entries(v).sort(([a], [b]) => (a < b ? -1 : a > b ? 1 : 0)));
   });
 }
+
+/** What we write is a dozen deep; what walks JSON by recursion would overflow the stack at some thousands. */
+const MOST_DEPTH = 100;
+
+/** Is this parsed JSON nested deeper than any of ours? To be asked of what comes from a file. */
+export function isTooDeep(value: unknown): boolean {
+  let level: unknown[] = [value];
+  for (let depth = 0; level.length > 0; depth++) {
+    if (depth > MOST_DEPTH) return true;
+    const next: unknown[] = [];
+    for (const v of level) if (v !== null && typeof v === "object") for (const w of Object.values(v)) next.push(w);
+    level = next;
+  }
+  return false;
+}

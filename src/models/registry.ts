@@ -2,6 +2,7 @@
 import { readFileSync, statSync } from "node:fs";
 import { join } from "node:path";
 import { StromaError } from "../errors.js";
+import { isTooDeep } from "../graph/hash.js";
 import type { ModelDefinition } from "../graph/model.js";
 import { type TraceOptions, traceModel } from "../graph/trace.js";
 import type { Graph } from "../graph/types.js";
@@ -69,9 +70,10 @@ function readJson(path: string): Record<string, unknown> {
   }
   try {
     const json: unknown = JSON.parse(text);
-    if (json !== null && typeof json === "object" && !Array.isArray(json)) return json as Record<string, unknown>;
+    if (json !== null && typeof json === "object" && !Array.isArray(json) && !isTooDeep(json))
+      return json as Record<string, unknown>;
   } catch (error) {
     throw new StromaError("FILE_FORMAT", `[model] ${path} is not JSON: ${(error as Error).message}`, { path });
   }
-  throw new StromaError("FILE_FORMAT", `[model] ${path} is not a JSON object`, { path });
+  throw new StromaError("FILE_FORMAT", `[model] ${path} is not a JSON object, or nested too deep`, { path });
 }

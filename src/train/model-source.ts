@@ -1,4 +1,5 @@
 /** From what the user names (a preset, a folder, a config, a model function) to graphs in every mode. */
+import { invalidArgument } from "../errors.js";
 import type { ModelDefinition } from "../graph/model.js";
 import { traceModel } from "../graph/trace.js";
 import type { DType, Graph, Mode } from "../graph/types.js";
@@ -40,6 +41,8 @@ export function resolveModel(spec: ModelSpec): ResolvedModel {
       huggingFaceConfig: EXPORTS[family]?.(config as never) ?? null,
     };
   }
+  if (spec === null || typeof spec !== "object")
+    throw invalidArgument("model", "a preset's name, { config } or { definition, config }", spec, "model");
   if ("definition" in spec) {
     const { definition, config } = spec;
     return {

@@ -118,6 +118,9 @@ const NAMES = [
   ...MEMORY_NAMES,
 ];
 
+/** Most threads of an engine: with many more OpenMP ends the process where the system has no more of them. */
+export const MAX_THREADS = 1024;
+
 /**
  * @throws CONFIG for options that are unknown, missing or contradict each other, the arithmetic shown;
  * INVALID_ARGUMENT for a value out of range
@@ -126,7 +129,7 @@ export function resolveOptions(options: TrainerOptions): ResolvedOptions {
   const o = options;
   for (const name of Object.keys(o))
     if (!NAMES.includes(name)) throw config(`unknown option "${name}". There are: ${NAMES.join(", ")}`);
-  if (o.model === undefined) throw config("no model given");
+  if (o.model === undefined || o.model === null) throw config("no model given");
   if (o.data === undefined) throw config("no data given");
   if (o.steps !== undefined && o.epochs !== undefined)
     throw config(`steps ${o.steps} and epochs ${o.epochs} are both given; one of them says how long to train`);
@@ -149,6 +152,8 @@ export function resolveOptions(options: TrainerOptions): ResolvedOptions {
     throw invalidArgument("trainer", '"cpu", "sim" or "cuda:<n>"', device, "device");
   const sampleEveryNSteps = whole(o.sampleEveryNSteps ?? 0, "sampleEveryNSteps", 0);
   const samplePrompts = o.samplePrompts ?? [];
+  if (!Array.isArray(samplePrompts) || samplePrompts.some((prompt) => typeof prompt !== "string"))
+    throw invalidArgument("trainer", "a list of texts", samplePrompts, "samplePrompts");
   if (sampleEveryNSteps > 0 && samplePrompts.length === 0)
     throw config("sampleEveryNSteps is given without samplePrompts: say what samples begin with");
   return {
@@ -174,7 +179,7 @@ export function resolveOptions(options: TrainerOptions): ResolvedOptions {
     sampleTokens: whole(o.sampleTokens ?? 64, "sampleTokens", 1),
     keepLast: whole(o.keepLast ?? 3, "keepLast", 1),
     device,
-    threads: whole(o.threads ?? 0, "threads", 0),
+    threads: whole(o.threads ?? 0, "threads", 0, MAX_THREADS),
     profileMemory:
       typeof o.profileMemory === "number" ? whole(o.profileMemory, "profileMemory", 1) : (o.profileMemory ?? false),
     nonFinite: oneOf(o.nonFinite ?? "stop", ["stop", "skip"], "nonFinite"),
@@ -280,9 +285,14 @@ export function mergeOptions(saved: TrainerOptions, given: TrainerOptions): Trai
 
 const WHERE = ["plan", "offload", "deviceMemory", "hostMemory", "disk", "diskFolder", "device"] as const;
 
-function whole(value: unknown, name: string, least: number): number {
-  if (!Number.isSafeInteger(value) || (value as number) < least)
-    throw invalidArgument("trainer", `a whole number >= ${least}`, value, name);
+function whole(value: unknown, name: string, least: number, most = Number.MAX_SAFE_INTEGER): number {
+  if (!Number.isSafeInteger(value) || (value as number) < least || (value as number) > most)
+    throw invalidArgument(
+      "trainer",
+      most === Number.MAX_SAFE_INTEGER ? `a whole number >= ${least}` : `a whole number from ${least} to ${most}`,
+      value,
+      name,
+    );
   return value as number;
 }
 

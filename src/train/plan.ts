@@ -65,6 +65,7 @@ export const stateFormat = (o: SettledOptions): StateFormat => ({
  * much and what would do.
  */
 export function planTraining(graph: Graph, options: SettledOptions): TrainingPlan {
+  checkSize(graph);
   const dims = dimsOf(graph, options);
   const { policy, graph: planned, merged, fused } = choosePolicy(graph, options, dims);
   const whole = writeTape(planned, policy);
@@ -103,6 +104,19 @@ export function planTraining(graph: Graph, options: SettledOptions): TrainingPla
   };
   return { graph: planned, placement, facts, summary: summarize(facts, predicted, options), predicted, predict, tapes };
 }
+
+/** A number too many in a config would else be told as a malformed tape: byte offsets are safe integers. */
+function checkSize(graph: Graph): void {
+  const parameters = graph.parameters.reduce((sum, { shape }) => sum + shape.reduce((n, size) => n * size, 1), 0);
+  if (parameters * MOST_STATE_BYTES <= Number.MAX_SAFE_INTEGER) return;
+  throw new StromaError(
+    "OUT_OF_MEMORY",
+    `[plan] ${graph.model} has ${parameters.toPrecision(3)} parameters, more than any machine holds. Look at the sizes in its config`,
+  );
+}
+
+/** Of one parameter: itself, gradient, two moments and a master, 8 bytes each at most. */
+const MOST_STATE_BYTES = 40;
 
 interface Chosen {
   policy: Policy;

@@ -44,6 +44,10 @@ describe("a wrong command line ends with status 2, one line, no stack", () => {
     [["train", "--stpes", "4"], "there is no option --stpes. Did you mean --steps?"],
     [["train", "--steps"], "--steps takes a value"],
     [["train", "extra"], '"extra" is one word too many'],
+    [["toString"], 'there is no command "toString". See'],
+    [["train", "--zork"], "there is no option --zork. See"],
+    [["train", "--threads", "100000000"], 'expected a whole number from 0 to 1024, got "100000000", at --threads'],
+    [["train", "--model", "\x1b[2Jtiny"], 'no folder "\ufffd[2Jtiny"'],
     [["train", "--steps", "ten"], 'expected a whole number of at least 1, got "ten", at --steps'],
     [
       ["train", "--batch-size", "32", "--micro-batch-size", "5"],

@@ -245,6 +245,23 @@ describe("a set-up that ends early", () => {
     expect(said()).toContain("cleaned");
   });
 
+  it("ends at once when it is interrupted again, a moment later", async () => {
+    const code = `import { run } from ${module}; await run("sh", ["-c", "trap '' TERM; echo started >&2; sleep 60 >&- 2>&-; sleep 60"]);`;
+    const child = spawn(process.execPath, ["--input-type=module", "-e", code], { stdio: ["ignore", "ignore", "pipe"] });
+    await new Promise<void>((resolve) =>
+      child.stderr.on("data", (text) => String(text).includes("started") && resolve()),
+    );
+    const ended = new Promise<number | null>((resolve) => child.on("exit", resolve));
+    const begun = Date.now();
+    child.kill("SIGINT");
+    child.kill("SIGINT"); // npm's echo of the same press
+    await new Promise((resolve) => setTimeout(resolve, 600));
+    expect(child.exitCode).toBe(null);
+    child.kill("SIGINT");
+    expect(await ended).toBe(130);
+    expect(Date.now() - begun).toBeLessThan(8_000);
+  });
+
   it("leaves its lock, when killed outright, to the program that still runs", async () => {
     const { child, started } = start(join(folder, "lock"), "1");
     await started;

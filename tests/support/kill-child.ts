@@ -11,4 +11,5 @@ const constant = { learningRateSchedule: { kind: "constant" } } as const;
 const saving = { saveEveryNSteps: 1, keepLast: 2, resume: "auto" } as const;
 const options = { ...(engine === "fake" ? SMALL : REAL), ...constant, ...saving, steps: 1e6, outputDir };
 await using trainer = new Trainer(options, engine === "fake" ? parts : {});
-for await (const { event } of trainer.run()) if (event === "start" || event === "checkpoint") process.send?.(event);
+for await (const { event } of trainer.run())
+  if (event === "start" || event === "step" || event === "checkpoint") process.send?.(event);

@@ -35,7 +35,8 @@ export function colorsFor(out: Output, env: NodeJS.ProcessEnv = process.env): Co
 }
 
 export function isLive(out: Output, env: NodeJS.ProcessEnv = process.env): boolean {
-  return out.isTTY === true && env.TERM !== "dumb" && !env.CI;
+  // Some terminals of containers and editors say that they are 0 columns wide: nothing could be drawn there.
+  return out.isTTY === true && out.columns !== 0 && env.TERM !== "dumb" && !env.CI;
 }
 
 const LINE_WIDTH = 120;

@@ -34,7 +34,9 @@ function formatOf(file: string): FileFormat | undefined {
 }
 
 /** `*` and `?` within a name, `**` across folders, `{a,b}`. */
-export function globToRegExp(glob: string): RegExp {
+export function globToRegExp(pattern: string): RegExp {
+  // More than two stars mean no more, and a row of `.*` would take the matcher ages.
+  const glob = pattern.replace(/\*{3,}/g, "**");
   let out = "";
   let braces = 0;
   for (let i = 0; i < glob.length; i++) {

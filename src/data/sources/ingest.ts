@@ -141,7 +141,7 @@ class Ingest {
   private readonly writer: ShardWriter;
   private readonly parts: ReturnType<typeof parseTemplate> | null;
   private splitKey: string | null = null;
-  private leftOut: Record<string, string> = {};
+  private readonly leftOut: Record<string, string> = Object.create(null);
   private readonly samples: string[] = [];
 
   constructor(

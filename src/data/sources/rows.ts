@@ -8,6 +8,8 @@ import { byteStream, type SourceFile, SourceRefused } from "./files.js";
 
 export type Cell = string | number | boolean | null;
 export type Row = Record<string, Cell>;
+/** Without a prototype: a column may be called "__proto__" or "constructor". */
+const emptyRow = (): Row => Object.create(null);
 /** line: of the file (CSV, JSON lines, text), or the 1-based row (Parquet). */
 export type RowEvent = { row: Row; line: number } | { refused: string; line: number };
 
@@ -121,7 +123,7 @@ async function* csvRows(context: ReaderContext): AsyncIterable<RowEvent> {
         yield { refused: `${record.length} cells where the header has ${columns.length}`, line };
         continue;
       }
-      const row: Row = {};
+      const row = emptyRow();
       let bad: string | null = null;
       for (let i = 0; i < columns.length; i++) {
         const text = record[i]!;
@@ -157,7 +159,8 @@ function checkHeader(record: string[], line: number): string[] {
   if (bad !== null) throw new SourceRefused(`the header has ${bad}`, line);
   if (names.some((n) => n === "")) throw new SourceRefused("a column without a name in the header", line);
   if (names.length === 1 && /[<>]/.test(names[0]!)) throw new SourceRefused("markup where a header should stand", line);
-  const twice = names.find((n, i) => names.indexOf(n) !== i);
+  const seen = new Set<string>();
+  const twice = names.find((n) => seen.size === seen.add(n).size);
   if (twice !== undefined) throw new SourceRefused(`the column ${JSON.stringify(twice)} twice in the header`, line);
   return names;
 }
@@ -222,14 +225,22 @@ async function* jsonRows(context: ReaderContext): AsyncIterable<RowEvent> {
       continue;
     }
     if (typeof value === "string") yield { row: { text: value }, line };
-    else if (value !== null && typeof value === "object" && !Array.isArray(value))
-      yield { row: flatten(value as Record<string, unknown>), line };
+    else if (value !== null && typeof value === "object" && !Array.isArray(value)) yield flattened(value, line);
     else yield { refused: "expected an object or a string", line };
   }
 }
 
+function flattened(value: object, line: number): RowEvent {
+  try {
+    return { row: flatten(value as Record<string, unknown>), line };
+  } catch (error) {
+    if (!(error instanceof RangeError)) throw error;
+    return { refused: "values nested too deep", line };
+  }
+}
+
 /** Nested objects become dotted columns; lists become JSON. */
-export function flatten(value: Record<string, unknown>, prefix = "", row: Row = {}): Row {
+export function flatten(value: Record<string, unknown>, prefix = "", row = emptyRow()): Row {
   for (const [key, cell] of Object.entries(value)) {
     const name = prefix + key;
     if (cell !== null && typeof cell === "object" && !Array.isArray(cell) && !(cell instanceof Date))
@@ -305,7 +316,9 @@ async function* parquetRows(context: ReaderContext): AsyncIterable<RowEvent> {
     },
   };
   const metadata = await parquetMetadataAsync(counted).catch((error: Error) => {
-    throw new SourceRefused(`a damaged Parquet footer: ${error.message}`);
+    // The reader trips over what is missing in it: that says nothing to a person.
+    const why = error instanceof TypeError || error instanceof RangeError ? "parts of it are missing" : error.message;
+    throw new SourceRefused(`a damaged Parquet footer: ${why}`);
   });
   const names = parquetSchema(metadata).children.map((c) => c.element.name);
   let before = 0;

@@ -76,7 +76,7 @@ function isCatalogue(columns: string[]): boolean {
 
 /** Columns that the default text leaves out, with why: shown by `inspect`. Decided on the first rows. */
 export function leftOutColumns(columns: string[], rows: Row[]): Record<string, string> {
-  const out: Record<string, string> = {};
+  const out: Record<string, string> = Object.create(null); // a column may be called "constructor"
   const catalogue = isCatalogue(columns);
   for (const column of columns) {
     const cells = rows.map((r) => r[column]).filter((c): c is string => typeof c === "string");

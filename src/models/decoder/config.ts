@@ -84,6 +84,8 @@ export function decoderConfig(options: DecoderOptions): DecoderConfig {
     if (!Number.isSafeInteger(v) || v < 1)
       throw invalidArgument("decoder", "a whole number of at least 1", v, at(name));
   }
+  if (config.layers > MAX_LAYERS)
+    throw invalidArgument("decoder", `at most ${MAX_LAYERS} layers`, config.layers, at("layers"));
   for (const name of ["ropeTheta", "normEps", "initStd"] as const) {
     const v = config[name];
     if (!(Number.isFinite(v) && v > 0)) throw invalidArgument("decoder", "a number above 0", v, at(name));
@@ -91,7 +93,7 @@ export function decoderConfig(options: DecoderOptions): DecoderConfig {
   for (const name of ["tiedEmbeddings", "attentionBias", "mlpBias", "qkNorm", "documentMask"] as const) {
     if (typeof config[name] !== "boolean") throw invalidArgument("decoder", "true or false", config[name], at(name));
   }
-  if (!(config.dropout >= 0 && config.dropout < 1)) {
+  if (typeof config.dropout !== "number" || !(config.dropout >= 0 && config.dropout < 1)) {
     throw invalidArgument("decoder", "a probability in [0, 1)", config.dropout, at("dropout"));
   }
   if (config.headDim % 2 !== 0) {
@@ -115,6 +117,9 @@ export function decoderConfig(options: DecoderOptions): DecoderConfig {
   if (unknown !== undefined) throw new StromaError("CONFIG", `[decoder] config has no field ${unknown}`);
   return config;
 }
+
+/** Far above any model trained so far; planning takes minutes there, and a slip of the keyboard would take days. */
+const MAX_LAYERS = 4096;
 
 const KNOWN = new Set<string>([
   ...Object.keys(decoderDefaults),

@@ -113,6 +113,19 @@ describe("a checkpoint folder", () => {
     await expect(verifyCheckpoint(at(6))).rejects.toThrow('"../../x"');
   });
 
+  test("whose JSON is nested without end, or is a pipe, is refused by that file's name", async () => {
+    await threeSaves();
+    const path = at(6, "state.json");
+    await writeFile(path, `{"a":${"[".repeat(100_000)}${"]".repeat(100_000)}}`);
+    await expect(verifyCheckpoint(at(6))).rejects.toMatchObject({
+      code: "CHECKPOINT",
+      message: /state\.json: it is nested/,
+    });
+    await rm(path);
+    spawnSync("mkfifo", [path]);
+    await expect(verifyCheckpoint(at(6))).rejects.toThrow(/state\.json: it is not a file/);
+  });
+
   test("of a newer version or another format is refused as such", async () => {
     await threeSaves();
     const { sha256: _, ...state } = JSON.parse(await readFile(at(6, "state.json"), "utf8"));

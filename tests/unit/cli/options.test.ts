@@ -322,4 +322,16 @@ describe("the config file", () => {
     expect(thrown(() => parse("- 4\n")).message).toContain("got a list");
     expect(thrown(() => parse("steps: many\n")).message).toContain("at train.yaml: steps");
   });
+
+  it("aliases that lead nowhere, or unfold without end, are refused", () => {
+    expect(thrown(() => parse("model: *nowhere\n"))).toMatchObject({
+      code: "CONFIG",
+      message: /train\.yaml: .*nowhere/,
+    });
+    const tens = (of: string) => `[${Array(10).fill(of).join(", ")}]`;
+    const bomb = ["a: &a [x]", ...["b", "c", "d", "e"].map((n, i) => `${n}: &${n} ${tens(`*${"abcd"[i]}`)}`)].join(
+      "\n",
+    );
+    expect(thrown(() => parse(bomb))).toMatchObject({ code: "CONFIG", message: /train\.yaml: Excessive alias/ });
+  });
 });

@@ -229,7 +229,8 @@ describe("which view", () => {
       isLive(new Recorder(true), {}),
       isLive(new Recorder(true), { CI: "true" }),
       isLive(new Recorder(false), {}),
-    ]).toEqual([true, false, false]);
+      isLive(Object.assign(new Recorder(true), { columns: 0 }), {}),
+    ]).toEqual([true, false, false, false]);
   });
 
   it("plain lines hold neither colour nor movement", () => {

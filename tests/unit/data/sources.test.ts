@@ -204,6 +204,23 @@ describe("JSON lines and text", () => {
     ]);
   });
 
+  it("refuses a line that is nested too deep, and goes on", async () => {
+    const deep = (open: string, close: string) => `{"a":${open.repeat(100_000)}1${close.repeat(100_000)}}`;
+    const source = file("deep.jsonl", `${deep('{"a":', "}")}\n${deep("[", "]")}\n{"b": 1}\n`);
+    expect(await events(source)).toEqual([
+      { refused: "values nested too deep", line: 1 },
+      { refused: "values nested too deep", line: 2 },
+      { row: { b: 1 }, line: 3 },
+    ]);
+  });
+
+  it("takes columns of any name, also those that every JavaScript object has", async () => {
+    const csv = file("names.csv", "__proto__,constructor,toString\n1,2,3\n");
+    expect(await documents(csv)).toEqual(["__proto__=1\nconstructor=2\ntoString=3\n"]);
+    const lines = file("names.jsonl", '{"__proto__": 1, "constructor": {"prototype": 2}}\n');
+    expect(await documents(lines)).toEqual(["__proto__=1\nconstructor.prototype=2\n"]);
+  });
+
   it("takes a text field as the document", async () => {
     const source = file("a.jsonl", '{"id": 1, "text": "one\\ntwo"}\n{"id": 2, "text": "three"}\n');
     expect(await documents(source)).toEqual(["one\ntwo", "three"]);
@@ -265,6 +282,8 @@ describe("files", () => {
     await expect(findFiles(`${at}/none*`)).rejects.toThrow(/found no file/);
     await expect(findFiles(path.join(at, "ignored.bin"))).rejects.toThrow(/expected a file of .csv/);
     expect(globToRegExp("a+(b).?sv").test("a+(b).csv")).toBe(true);
+    expect(globToRegExp(`d/${"*".repeat(60)}x`).test(`d/${"y".repeat(200)}`)).toBe(false);
+    expect(globToRegExp("d/***/x").test("d/e/f/x")).toBe(true);
   });
 
   it("that have not changed are not read twice, and those that have are", async () => {

@@ -214,6 +214,16 @@ describe("the packed stream", () => {
     await expect(fail({}, await planets())).rejects.toThrow(/fingerprint/);
     await expect(fail({ position: { ...position, unit: -1 } })).rejects.toThrow(/position.unit/);
     await expect(fail({ position: { ...position, version: 2 as 1 } })).rejects.toThrow(/version/);
+    // These two would never come to an end.
+    await expect(fail({ position: { ...position, epoch: 1e15 } })).rejects.toThrow(/position.epoch/);
+    await using past = await fail({ position: { ...position, token: 1e9 } });
+    await expect(past.next()).rejects.toThrow(/position.token/);
+  });
+
+  it("of a micro-batch that no memory holds is OUT_OF_MEMORY", async () => {
+    const dataset = await open();
+    await using stream = await dataset.open({ ...TRAIN, microBatchSize: 2 ** 40 });
+    await expect(stream.next()).rejects.toMatchObject({ code: "OUT_OF_MEMORY", message: /1099511627776 x 64 tokens/ });
   });
 
   it("refuses sizes that are not positive integers", async () => {

@@ -1,4 +1,5 @@
 import { describe, expect, it } from "vitest";
+import { checkGraphForm } from "../../../src/graph/form.js";
 import type { Graph } from "../../../src/graph/types.js";
 import { validateGraph } from "../../../src/graph/validate.js";
 import { findModel } from "../../../src/models/registry.js";
@@ -107,5 +108,51 @@ describe("a graph from a file", () => {
     const validate = () => validateGraph(graph);
     expect(validate).toThrow(message);
     expect(validate).toThrow(expect.objectContaining({ code: "GRAPH" }));
+  });
+});
+
+describe("the form of a graph from a file", () => {
+  const written = (): Graph => JSON.parse(JSON.stringify(good)) as Graph;
+  const edited = (edit: (g: Graph) => unknown) => (g: Graph) => {
+    edit(g);
+    return g;
+  };
+
+  it.each(["train", "eval", "generate"] as const)("is accepted as it was written, in mode %s", (mode) => {
+    const graph = JSON.parse(JSON.stringify(findModel("tiny").graph({ mode }))) as unknown;
+    expect(checkGraphForm(graph, "graph.json")).toBe(graph);
+  });
+
+  it.each<[string, RegExp, (g: Graph) => unknown]>([
+    ["that is no object", /it: /, () => null],
+    ["without parameters", /parameters: /, (g) => ({ ...g, parameters: null })],
+    ["with a parameter that is nothing", /parameters\.0: /, (g) => ({ ...g, parameters: [null] })],
+    ["with text for a shape", /parameters\.0\.shape: /, edited((g) => Object.assign(g.parameters[0]!, { shape: "x" }))],
+    [
+      "with a name for a program",
+      /blocks\.0\.program: /,
+      edited((g) => Object.assign(g.blocks[0]!, { program: "__proto__" })),
+    ],
+    [
+      "with a source that is nothing",
+      /blocks\.1\.inputs\.0: /,
+      edited((g) => g.blocks[1]!.inputs.splice(0, 1, null as never)),
+    ],
+    [
+      "with a block before the first",
+      /blocks\.1\.inputs\.0(\.block)?: /,
+      edited((g) => g.blocks[1]!.inputs.splice(0, 1, { block: -1, output: 0 })),
+    ],
+    [
+      "with a node without arguments",
+      /nodes\.0\.args: /,
+      edited((g) => Object.assign(g.programs[1]!.nodes[0]!, { args: null })),
+    ],
+    ["with losses in words", /losses: /, (g) => ({ ...g, losses: "x" })],
+    ["of an unknown dtype", /dtype: /, (g) => ({ ...g, dtype: "zork" })],
+  ])("%s is refused by file and field", (_, message, change) => {
+    const graph = change(written());
+    expect(() => checkGraphForm(graph, "graph.json")).toThrow(message);
+    expect(() => checkGraphForm(graph, "graph.json")).toThrow(/^\[graph\] graph\.json: /);
   });
 });

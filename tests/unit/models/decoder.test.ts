@@ -110,6 +110,8 @@ describe("the decoder's graph", () => {
     ["an odd head dim", { headDim: 5 }, "even head dim"],
     ["a probability of 1", { dropout: 1 }, "config.dropout"],
     ["no layers", { layers: 0 }, "config.layers"],
+    ["layers that take days to plan", { layers: 4097 }, "at most 4096 layers, got 4097, at config.layers"],
+    ["a probability in words", { dropout: "0.1" as never }, "config.dropout"],
     ["an unknown field", { width: 3 } as never, "no field width"],
     ["NaN", { normEps: Number.NaN }, "config.normEps"],
   ])("refuses %s", (_, options, message) => {
