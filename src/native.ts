@@ -168,6 +168,8 @@ export function loadAddon(): NativeAddon {
   const record = readBuildRecord();
   checkBuild(record);
   letThreadsSleep();
+  // c10d logs what it also throws, with stacks: whoever catches it says it in words.
+  if (process.env.STROMA_DEBUG !== "1") process.env.TORCH_CPP_LOG_LEVEL ??= "FATAL";
   const addon = requireNative<NativeAddon>(join(packageRoot, record.addon), record);
   addon.setErrorClass(StromaError);
   // A worker's own end runs the environment's cleanup hooks; it must not end the sessions of other threads.

@@ -21,7 +21,7 @@ class RanksWrap : public Napi::ObjectWrap<RanksWrap> {
     using R = RanksWrap;
     return DefineClass(env, "NativeRanks",
                        {InstanceMethod<&R::gather>("gather"), InstanceMethod<&R::fail>("fail"),
-                        InstanceMethod<&R::leave>("leave"), InstanceMethod<&R::counts>("counts")});
+                        InstanceMethod<&R::lost>("lost"), InstanceMethod<&R::leave>("leave"), InstanceMethod<&R::counts>("counts")});
   }
   explicit RanksWrap(const Napi::CallbackInfo& info) : Napi::ObjectWrap<RanksWrap>(info) {
     if (info.Length() != 1 || !info[0].IsExternal()) {
@@ -59,6 +59,13 @@ class RanksWrap : public Napi::ObjectWrap<RanksWrap> {
     return entry(info, [&]() -> Napi::Value {
       use()->fail(text(info));
       return info.Env().Undefined();
+    });
+  }
+  Napi::Value lost(const Napi::CallbackInfo& info) {
+    return entry(info, [&]() -> Napi::Value {
+      const std::string why = use()->lost();
+      if (why.empty()) return info.Env().Null();
+      return Napi::String::New(info.Env(), why);
     });
   }
   Napi::Value leave(const Napi::CallbackInfo& info) {

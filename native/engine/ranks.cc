@@ -298,6 +298,11 @@ class Joined final : public Ranks {
     watch_->lose("[ranks] this rank failed: " + why);
   }
 
+  std::string lost() const override {
+    const std::lock_guard lock(watch_->mutex);
+    return watch_->lost;
+  }
+
   void leave() override {
     try {
       for (auto& owed : owed_) settle(owed);
@@ -309,6 +314,8 @@ class Joined final : public Ranks {
       if (watch_->over) return;
       watch_->over = true;
       watch_->changed.notify_all();
+      // After fail() its reason is the last word.
+      if (!watch_->lost.empty()) return;
     }
     try {
       store_->set("last/" + std::to_string(spec_.rank), bytes_of("left"));

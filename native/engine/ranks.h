@@ -41,6 +41,8 @@ class Ranks {
   std::vector<std::string> gather(Channel channel, const std::string& mine) { return begin_gather(channel, mine)(); }
   // Tells the others that this rank is failing; every wait of every rank throws from now on.
   virtual void fail(const std::string& why) = 0;
+  // Why every wait throws; empty while all is well.
+  virtual std::string lost() const = 0;
   // The last thing a rank does when all went well. Waits for nobody.
   virtual void leave() = 0;
   // Since joining, without messages of gather().

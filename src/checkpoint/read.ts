@@ -8,7 +8,7 @@ import type { Graph } from "../graph/types.js";
 import type { FileEntry, NativeSession, StateEntry, StateKind } from "../train/native-session.js";
 import { readJson, sha256File } from "./files.js";
 import { type CheckpointState, decodeState, FILES } from "./format.js";
-import { readSafetensorsHeader, type SafetensorsHeader } from "./safetensors.js";
+import { readSafetensorsHeader, type TensorEntry } from "./safetensors.js";
 import { CheckpointStore } from "./store.js";
 
 export interface Checkpoint {
@@ -23,8 +23,14 @@ export interface Checkpoint {
 export async function verifyCheckpoint(path: string, options: { hashes?: boolean } = {}): Promise<Checkpoint> {
   const file = join(path, FILES.state);
   const state = decodeState(await readJson(file), file);
-  for (const required of [FILES.model, FILES.optimizer, FILES.graph, FILES.trainer])
+  for (const required of [FILES.graph, FILES.trainer])
     if (state.files[required] === undefined) throw damaged(file, `it does not list ${required}`);
+  for (const whole of [FILES.model, FILES.optimizer]) {
+    const shards = shardsOf(state, whole);
+    if (shards.length === 0) throw damaged(file, `it does not list ${whole}`);
+    const of = shardCount(shards[0]!);
+    if (shards.length !== of) throw damaged(file, `it lists ${shards.length} of ${of} parts of ${whole}`);
+  }
   for (const [name, facts] of Object.entries(state.files)) {
     if (name !== basename(name) || name === "." || name === "..")
       throw damaged(file, `file name ${JSON.stringify(name)}`);
@@ -69,50 +75,75 @@ export async function readGraph(checkpoint: Checkpoint, file: string = FILES.gra
 /** Tensor of optimizer.safetensors for a piece of state; model.safetensors holds parameters by their own names. */
 export const optimizerName = (kind: StateKind, name: string): string => `${kind}.${name}`;
 
+/** Files of a checkpoint that hold `whole` (FILES.model, FILES.optimizer): itself, or its parts by rank, in order. */
+export const shardsOf = (state: CheckpointState, whole: string): string[] =>
+  Object.keys(state.files)
+    .filter((name) => name === whole || (shardCount(name) > 1 && name.startsWith(whole.replace(".safetensors", "-"))))
+    .sort();
+
+/** `model-00001-of-00004.safetensors` -> 4; 1 for a file that is no part. */
+function shardCount(name: string): number {
+  const match = /-\d{5}-of-(\d{5})\.safetensors$/.exec(name);
+  return match === null ? 1 : Number(match[1]);
+}
+
 /**
  * Fills a session that has loaded the same graph: parameters, and with `optimizer` its state and update counts too.
+ * `part`: the session holds some of the model's blocks, and reads no more than those.
  * @throws CHECKPOINT listing what is missing, unexpected or of another shape or dtype
  */
 export async function restoreSession(
   session: NativeSession,
   checkpoint: Checkpoint,
-  options: { optimizer: boolean },
+  options: { optimizer: boolean; part?: boolean },
 ): Promise<void> {
   const wanted = await session.state();
   const model = wanted.filter((e) => e.kind === "param");
   const rest = wanted.filter((e) => e.kind !== "param");
-  const modelFile = join(checkpoint.path, FILES.model);
-  const parts = [{ file: modelFile, entries: await match(modelFile, model, (e) => e.name) }];
-  if (options.optimizer) {
-    const file = join(checkpoint.path, FILES.optimizer);
-    parts.push({ file, entries: await match(file, rest, (e) => optimizerName(e.kind, e.name)) });
-  }
-  for (const { file, entries } of parts) if (entries.length > 0) await session.readFile(file, entries);
+  const { part = false } = options;
+  const reads = await match(checkpoint, FILES.model, model, (e) => e.name, part);
+  if (options.optimizer)
+    reads.push(...(await match(checkpoint, FILES.optimizer, rest, (e) => optimizerName(e.kind, e.name), part)));
+  for (const { file, entries } of reads) if (entries.length > 0) await session.readFile(file, entries);
 }
 
-async function match(file: string, wanted: StateEntry[], nameOf: (e: StateEntry) => string): Promise<FileEntry[]> {
-  const header: SafetensorsHeader = await readSafetensorsHeader(file);
+async function match(
+  checkpoint: Checkpoint,
+  whole: string,
+  wanted: StateEntry[],
+  nameOf: (e: StateEntry) => string,
+  part: boolean,
+): Promise<{ file: string; entries: FileEntry[] }[]> {
+  const file = join(checkpoint.path, whole);
+  const reads: { file: string; entries: FileEntry[] }[] = [];
+  const held = new Map<string, TensorEntry & { read: FileEntry[] }>();
+  for (const name of shardsOf(checkpoint.state, whole)) {
+    const at = join(checkpoint.path, name);
+    const read = { file: at, entries: [] as FileEntry[] };
+    reads.push(read);
+    for (const [tensor, entry] of (await readSafetensorsHeader(at)).entries)
+      held.set(tensor, { ...entry, read: read.entries });
+  }
   const problems: string[] = [];
   const names = new Set<string>();
-  const entries: FileEntry[] = [];
   for (const e of wanted) {
     const name = nameOf(e);
     names.add(name);
-    const found = header.entries.get(name);
+    const found = held.get(name);
     if (found === undefined) problems.push(`missing ${name}`);
     else if (found.dtype !== e.dtype || found.shape.join() !== e.shape.join())
       problems.push(
         `${name}: expected ${e.dtype} [${e.shape.join(", ")}], got ${found.dtype} [${found.shape.join(", ")}]`,
       );
-    else entries.push({ kind: e.kind, name: e.name, dtype: found.dtype, offset: found.offset, bytes: found.bytes });
+    else found.read.push({ kind: e.kind, name: e.name, dtype: found.dtype, offset: found.offset, bytes: found.bytes });
   }
-  for (const name of header.entries.keys()) if (!names.has(name)) problems.push(`unexpected ${name}`);
+  if (!part) for (const name of held.keys()) if (!names.has(name)) problems.push(`unexpected ${name}`);
   if (problems.length > 0)
     throw new StromaError("CHECKPOINT", `[checkpoint] ${file} is of another model:${listed(problems)}`, {
       path: file,
       problems,
     });
-  return entries;
+  return reads;
 }
 
 /** The first twenty, one a line. */

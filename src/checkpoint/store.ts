@@ -123,9 +123,14 @@ export class CheckpointStore {
     return path;
   }
 
+  /** Of the checkpoint of a step. */
+  pathOf(step: number): string {
+    return join(this.folder, nameOf(step));
+  }
+
   /** Gives a filled, synced temporary folder its name: the moment at which the checkpoint exists. */
   async publish(temporary: string, step: number): Promise<string> {
-    const path = join(this.folder, nameOf(step));
+    const path = this.pathOf(step);
     const old = join(this.folder, `.old-${nameOf(step)}`);
     const replaces = await exists(path);
     if (replaces) {

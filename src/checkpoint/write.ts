@@ -2,12 +2,13 @@
  * Writing a checkpoint: from a snapshot (a copy in memory) while training goes on. Written aside, every file and the
  * folder synced, then renamed; older ones are removed only after that.
  */
-import { rm } from "node:fs/promises";
+import { readFile, rm } from "node:fs/promises";
 import { join } from "node:path";
+import { StromaError } from "../errors.js";
 import { graphHash } from "../graph/hash.js";
 import type { Graph } from "../graph/types.js";
 import type { FileEntry, NativeSnapshot, StateEntry } from "../train/native-session.js";
-import { diskFull, syncFolder, writeNewFile } from "./files.js";
+import { diskFull, replaceFile, syncFolder, writeNewFile } from "./files.js";
 import { CHECKPOINT_FORMAT, CHECKPOINT_VERSION, type CheckpointState, encodeState, FILES } from "./format.js";
 import { optimizerName } from "./read.js";
 import { layoutSafetensors } from "./safetensors.js";
@@ -28,22 +29,35 @@ export interface CheckpointContents {
   facts: Omit<CheckpointState, "format" | "version" | "sequence" | "files" | "graphHash">;
 }
 
+/** Where several ranks write one checkpoint: each its own tensors, rank 0 all else and, when all have, the name. */
+export interface WriteAmong {
+  rank: number;
+  size: number;
+  /** Rank 0's `store.temporary()`, the same on every rank: on a file system that all see. */
+  folder: string;
+  /** Why the others will not come any more; null: they will. */
+  lost(): string | null;
+}
+
 /**
  * @param beforePublish awaited last before the checkpoint gets its name
- * @returns the checkpoint's folder and the bytes of all its files
- * @throws DISK_FULL, the partial folder removed; the snapshot is disposed in every case
+ * @returns the checkpoint's folder and the bytes of all its files; on ranks above 0 those of their own
+ * @throws DISK_FULL, the partial folder removed; RANKS; the snapshot is disposed in every case
  */
 export async function writeCheckpoint(
   store: CheckpointStore,
   contents: CheckpointContents,
   keepLast: number,
   beforePublish: () => Promise<void> = async () => {},
+  among: WriteAmong | null = null,
 ): Promise<{ path: string; bytes: number }> {
   const { snapshot, entries, graph, facts } = contents;
-  let folder: string | undefined;
+  let folder: string | undefined = among?.folder;
   try {
-    folder = await store.temporary();
+    folder ??= await store.temporary();
     const files: CheckpointState["files"] = {};
+    const held: Record<string, string[]> = {};
+    const mine = (whole: string) => (among === null ? whole : shardName(whole, among.rank, among.size));
     const tensors = async (file: string, some: StateEntry[], nameOf: (e: StateEntry) => string, metadata = {}) => {
       const byName = new Map(some.map((e) => [nameOf(e), e]));
       const specs = some.map((e) => ({ name: nameOf(e), dtype: e.dtype, shape: e.shape }));
@@ -53,19 +67,37 @@ export async function writeCheckpoint(
         return { kind: e.kind, name: e.name, dtype, offset, bytes };
       });
       files[file] = await snapshot.write(join(folder!, file), header, ranges);
+      held[file] = specs.map((s) => s.name);
     };
     const json = async (file: string, value: unknown, indent = 0) => {
       files[file] = await writeNewFile(join(folder!, file), Buffer.from(`${JSON.stringify(value, null, indent)}\n`));
     };
     const isParameter = (e: StateEntry): boolean => e.kind === "param";
     // transformers refuses a file whose metadata does not name the framework.
-    await tensors(FILES.model, entries.filter(isParameter), (e) => e.name, { format: "pt" });
+    await tensors(mine(FILES.model), entries.filter(isParameter), (e) => e.name, { format: "pt" });
     await tensors(
-      FILES.optimizer,
+      mine(FILES.optimizer),
       entries.filter((e) => !isParameter(e)),
       (e) => optimizerName(e.kind, e.name),
     );
     snapshot.dispose();
+    const size = () => Object.values(files).reduce((sum, f) => sum + f.bytes, 0);
+    if (among !== null && among.rank > 0) {
+      await replaceFile(join(folder, partName(among.rank)), JSON.stringify({ files, held }));
+      await syncFolder(folder);
+      return { path: store.pathOf(facts.step), bytes: size() };
+    }
+    if (among !== null) {
+      for (let rank = 1; rank < among.size; rank++) {
+        const part = await takePart(folder, rank, among);
+        Object.assign(files, part.files);
+        Object.assign(held, part.held);
+      }
+      const shards = Object.entries(held).filter(([file]) => file.startsWith("model"));
+      const weight_map = Object.fromEntries(shards.flatMap(([file, names]) => names.map((name) => [name, file])));
+      const total_size = shards.reduce((sum, [file]) => sum + files[file]!.bytes, 0);
+      await json(`${FILES.model}.index.json`, { metadata: { total_size }, weight_map });
+    }
     await json(FILES.graph, graph);
     if (contents.evalGraph !== null) await json(FILES.evalGraph, contents.evalGraph);
     if (contents.generateGraph !== null) await json(FILES.generateGraph, contents.generateGraph);
@@ -84,11 +116,44 @@ export async function writeCheckpoint(
     await beforePublish();
     const path = await store.publish(folder, facts.step);
     await store.prune(keepLast);
-    return { path, bytes: Object.values(files).reduce((sum, f) => sum + f.bytes, 0) };
+    return { path, bytes: size() };
   } catch (error) {
-    if (folder !== undefined) await rm(folder, { recursive: true, force: true }).catch(() => {});
+    if (folder !== undefined && (among?.rank ?? 0) === 0)
+      await rm(folder, { recursive: true, force: true }).catch(() => {});
     throw diskFull(error, folder ?? store.folder);
   } finally {
     snapshot.dispose();
+  }
+}
+
+/** As Hugging Face names the parts of a model: counted from 1. */
+const shardName = (whole: string, rank: number, size: number): string => {
+  const digits = (n: number) => String(n).padStart(5, "0");
+  return size === 1 ? whole : whole.replace(".safetensors", `-${digits(rank + 1)}-of-${digits(size)}.safetensors`);
+};
+
+const partName = (rank: number): string => `rank-${rank}.json`;
+
+interface Part {
+  files: CheckpointState["files"];
+  /** Names of tensors, by file. */
+  held: Record<string, string[]>;
+}
+
+/** What a rank has written, once it has; the note itself goes. */
+async function takePart(folder: string, rank: number, among: WriteAmong): Promise<Part> {
+  const file = join(folder, partName(rank));
+  for (;;) {
+    const text = await readFile(file, "utf8").catch((error: NodeJS.ErrnoException) => {
+      if (error.code === "ENOENT") return null;
+      throw error;
+    });
+    if (text !== null) {
+      await rm(file);
+      return JSON.parse(text) as Part;
+    }
+    const lost = among.lost();
+    if (lost !== null) throw new StromaError("RANKS", lost);
+    await new Promise((done) => setTimeout(done, 20));
   }
 }

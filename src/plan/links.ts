@@ -8,7 +8,7 @@
 import { Flow } from "./flow.js";
 import type { Policy } from "./policy.js";
 import type { Boundary } from "./types.js";
-import { type Pass, visitsOf } from "./visits.js";
+import { visitsOf } from "./visits.js";
 
 export interface Link {
   operand: Boundary;

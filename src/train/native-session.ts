@@ -72,6 +72,8 @@ export interface RankSpec {
   joinSeconds: number;
   /** How long another may be silent before it counts as lost; at least 1. */
   silenceSeconds: number;
+  /** Ranks on this machine, which share its memory; default: all. */
+  localSize?: number;
 }
 
 export interface NativeRanks {
@@ -81,6 +83,8 @@ export interface NativeRanks {
   gather(mine: string): Promise<string[]>;
   /** Tells the others why this rank ends; whatever any rank waits for then rejects with RANKS. */
   fail(why: string): void;
+  /** Why a wait would fail now; null: all ranks are there. Never waits. */
+  lost(): string | null;
   /** The last call of a rank for which all went well. */
   leave(): Promise<void>;
   /** Bytes of boundaries since joining. */

@@ -4,11 +4,12 @@ import type { Dataset } from "../data/types.js";
 import { invalidArgument, StromaError } from "../errors.js";
 import { type AdamWOptions, resolveAdamW } from "../optim/adamw.js";
 import { checkSchedule, type LearningRateSchedule, SCHEDULE_KINDS, type ScheduleKind } from "../optim/schedules.js";
+import { STAGE_RULES, type StageRule } from "../plan/stages.js";
 import type { Recompute, Schedule } from "../plan/types.js";
 import type { TrainEvent } from "./events.js";
 import { MEMORY_NAMES, type MemoryOptions, type ResolvedMemory, resolveMemory } from "./memory-options.js";
 import type { ModelSpec } from "./model-source.js";
-import type { SessionOptions } from "./native-session.js";
+import type { RankSpec, SessionOptions } from "./native-session.js";
 
 export interface TrainerOptions extends MemoryOptions {
   /** A preset's name, `{ config }` of the decoder, or `{ definition, config }` of your own. Required unless resuming. */
@@ -66,6 +67,10 @@ export interface TrainerOptions extends MemoryOptions {
   resume?: boolean | string;
   /** sim: a simulated device in host memory, capped at `deviceMemory`: a test instrument. Default "cpu". */
   device?: SessionOptions["device"];
+  /** This process is one rank of several that train one model, each with some of its blocks. Default: alone. */
+  ranks?: RankSpec;
+  /** Which blocks are whose. Default "alternating". */
+  stages?: StageRule;
   /** What blocks compute in. Default: as `precision` says, "float32". */
   dtype?: SessionOptions["dtype"];
   /** Threads of the engine; 0: all this process may use. Default 0. */
@@ -95,8 +100,11 @@ type Plain = Omit<
 
 /** Options with every default filled in; all but model and data plain JSON. */
 export interface ResolvedOptions
-  extends Required<Omit<Plain, "steps" | "epochs" | "outputDir" | keyof MemoryOptions | keyof ResolvedMemory>>,
+  extends Required<
+      Omit<Plain, "steps" | "epochs" | "outputDir" | "ranks" | keyof MemoryOptions | keyof ResolvedMemory>
+    >,
     ResolvedMemory {
+  ranks: RankSpec | null;
   model: ModelSpec;
   data: string | DatasetOptions | Dataset;
   steps: number | null;
@@ -114,6 +122,7 @@ const NAMES = [
   ...["sequenceLength", "learningRate", "learningRateSchedule", "weightDecay", "adamw", "maxGradNorm", "seed"],
   ...["outputDir", "logEveryNSteps", "saveEveryNSteps", "saveEveryNEpochs", "evalEveryNSteps", "evalMicroBatches"],
   ...["sampleEveryNSteps", "samplePrompts", "sampleTokens", "keepLast", "resume", "device", "dtype", "threads"],
+  ...["ranks", "stages"],
   ...["order", "recompute", "nonFinite", "profileMemory", "onEvent"],
   ...MEMORY_NAMES,
 ];
@@ -179,6 +188,8 @@ export function resolveOptions(options: TrainerOptions): ResolvedOptions {
     sampleTokens: whole(o.sampleTokens ?? 64, "sampleTokens", 1),
     keepLast: whole(o.keepLast ?? 3, "keepLast", 1),
     device,
+    ranks: o.ranks ?? null,
+    stages: oneOf(o.stages ?? "alternating", STAGE_RULES, "stages"),
     threads: whole(o.threads ?? 0, "threads", 0, MAX_THREADS),
     profileMemory:
       typeof o.profileMemory === "number" ? whole(o.profileMemory, "profileMemory", 1) : (o.profileMemory ?? false),
@@ -233,7 +244,15 @@ export function savedOptions(
   dataSpec: string | DatasetOptions | null,
   modelSpec: unknown,
 ): Record<string, unknown> {
-  const { optimizer, model: _model, data: _data, outputDir: _outputDir, profileMemory: _profile, ...kept } = o;
+  const {
+    optimizer,
+    model: _model,
+    data: _data,
+    outputDir: _outputDir,
+    profileMemory: _profile,
+    ranks: _ranks,
+    ...kept
+  } = o;
   const { steps, epochs, maxGradNorm, ...rest } = kept;
   const { kind, weightDecay, ...adamw } = optimizer;
   const plain = Object.fromEntries(Object.entries(rest).filter(([, value]) => value !== null));

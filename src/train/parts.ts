@@ -5,12 +5,13 @@ import { StromaError } from "../errors.js";
 import type { BatchInput, Graph } from "../graph/types.js";
 import type { ComputeDType } from "./compute-dtype.js";
 import { type ModelSpec, type ResolvedModel, resolveModel } from "./model-source.js";
-import type { Batch, HostTensor, NativeSession, SessionOptions } from "./native-session.js";
+import type { Batch, HostTensor, NativeRanks, NativeSession, RankSpec, SessionOptions } from "./native-session.js";
 import type { SettledOptions } from "./options.js";
 import type { TrainingPlan } from "./plan.js";
 
 export interface Parts {
   createSession(options: SessionOptions): Promise<NativeSession>;
+  joinRanks(spec: RankSpec): Promise<NativeRanks>;
   libtorchVersion(): Promise<string>;
   openDataset(spec: string | DatasetOptions): Promise<Dataset>;
   resolveModel(spec: ModelSpec): ResolvedModel;
@@ -21,6 +22,7 @@ export interface Parts {
 /** Loaded when used: reading options or a checkpoint's facts needs neither libtorch nor data sources. */
 export const realParts: Parts = {
   createSession: async (options) => (await import("../native.js")).loadAddon().createSession(options),
+  joinRanks: async (spec) => (await import("../native.js")).loadAddon().joinRanks(spec),
   libtorchVersion: async () => (await import("../native.js")).currentBuild().libtorch.version,
   openDataset: async (spec) => (await import("../data/index.js")).openDataset(spec),
   resolveModel,

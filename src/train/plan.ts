@@ -7,11 +7,13 @@ import type { Graph } from "../graph/types.js";
 import { probeMachine } from "../native.js";
 import { type AutoPlan, planAuto } from "../plan/auto.js";
 import { type Budget, showSize } from "../plan/budget.js";
+import { checkRanks } from "../plan/check-ranks.js";
 import { checkTape } from "../plan/checker.js";
 import { readMeasured } from "../plan/measured.js";
 import { residentPolicy } from "../plan/planner.js";
 import { findProfile } from "../plan/profiles.js";
 import { type TapePeaks, tapePeaks } from "../plan/simulate.js";
+import { assignStages } from "../plan/stages.js";
 import type { Placement, RetainedDType, StateFormat, Tape } from "../plan/types.js";
 import { type Policy, writeTape } from "../plan/write-tape.js";
 import { type Prediction, predictStep } from "../profile/document.js";
@@ -77,10 +79,12 @@ export function planTraining(graph: Graph, options: SettledOptions): TrainingPla
     const written = microBatches === policy.microBatches ? whole : writeTape(planned, { ...policy, microBatches });
     const step = { ...written.step, placement };
     const flush = written.flush === null ? null : { ...written.flush, placement };
-    checkTape(planned, step);
+    if (policy.stages === undefined) {
+      checkTape(planned, step);
+      if (flush !== null) checkTape(planned, flush, { after: step });
+    } else checkWithOthers(planned, { ...policy, microBatches }, { step, flush });
     // A smaller step, at the end of the data, follows a whole one.
     if (microBatches !== policy.microBatches) checkTape(planned, step, { after: tapes(policy.microBatches).step });
-    if (flush !== null) checkTape(planned, flush, { after: step });
     known.set(microBatches, { step, flush });
     return { step, flush };
   };
@@ -93,7 +97,7 @@ export function planTraining(graph: Graph, options: SettledOptions): TrainingPla
   const predicted = sizes === null ? null : predict(step);
   if (predicted !== null) checkBudgets(predicted.peaks, options);
   const facts: PlanFacts = {
-    tapeHash: createHash("sha256").update(canonicalJson(step)).digest("hex"),
+    tapeHash: hashOf(policy.stages === undefined ? step : everyRank(planned, policy).map((t) => t.step)),
     order: step.schedule,
     recompute: step.recompute,
     update: step.update,
@@ -118,6 +122,27 @@ function checkSize(graph: Graph): void {
 /** Of one parameter: itself, gradient, two moments and a master, 8 bytes each at most. */
 const MOST_STATE_BYTES = 40;
 
+const hashOf = (tapes: unknown): string => createHash("sha256").update(canonicalJson(tapes)).digest("hex");
+
+/** The tapes of all ranks, this one's among them. */
+function everyRank(graph: Graph, policy: Policy): StepTapes[] {
+  const stages = policy.stages!;
+  return Array.from({ length: stages.ranks }, (_, rank) =>
+    writeTape(graph, { ...policy, stages: { ...stages, rank } }),
+  );
+}
+
+function checkWithOthers(graph: Graph, policy: Policy, mine: StepTapes): void {
+  const all = everyRank(graph, policy);
+  all[policy.stages!.rank] = mine;
+  const flushes = all.flatMap(({ flush }) => (flush === null ? [] : [flush]));
+  checkRanks(
+    graph,
+    all.map((t) => t.step),
+    flushes.length > 0 ? flushes : undefined,
+  );
+}
+
 interface Chosen {
   policy: Policy;
   graph: Graph;
@@ -129,12 +154,13 @@ function choosePolicy(graph: Graph, o: SettledOptions, dims: Record<string, numb
   const alone = { graph, merged: 1, fused: 1 };
   const resident = residentPolicy(graph, {
     microBatches: o.gradientAccumulationSteps,
-    schedule: o.order ?? undefined,
+    schedule: o.order ?? (o.ranks === null ? undefined : "breadthFirst"),
     recompute: o.recompute ?? undefined,
     update: o.update ?? undefined,
     clip: o.clip,
     state: stateFormat(o),
   });
+  if (o.ranks !== null) return { ...alone, policy: amongRanks(graph, resident, o, dims) };
   if (o.plan === "resident") return { ...alone, policy: resident };
   if (dims === null) throw unknownSizes(graph);
   if (o.plan === null) return { ...alone, policy: streamed(resident, o.offload as "host" | "disk", o, dims) };
@@ -147,6 +173,40 @@ function choosePolicy(graph: Graph, o: SettledOptions, dims: Record<string, numb
   // On a CPU the planner knows memory alone; beyond it everything lives on the disk.
   const policy = { ...resident, recompute: "all", update: o.clip === "global" ? "forward" : "backward" } as const;
   return { ...alone, policy: streamed(policy, "disk", o, dims) };
+}
+
+/** A plan over ranks: as asked, or the first that fits the budgets on every rank, from what is fastest. */
+function amongRanks(graph: Graph, resident: Policy, o: SettledOptions, dims: Record<string, number> | null): Policy {
+  if (dims === null) throw unknownSizes(graph);
+  const { rank, size: ranks } = o.ranks!;
+  const stages = { rank, ranks, of: assignStages(graph, ranks, o.stages) };
+  // Boundaries have places, since both ends of a link must know their size.
+  const here: Policy = { ...resident, boundary: "device", dims, stages };
+  if (o.plan === "resident") return here;
+  const away = (home: "host" | "disk"): Policy => ({ ...streamed(resident, home, o, dims), recompute: "all", stages });
+  if (o.plan === null) return { ...streamed(resident, o.offload as "host" | "disk", o, dims), stages };
+  const budget = budgetOf(o);
+  const local = o.ranks!.localSize ?? ranks;
+  const tried: Policy[] = [here, { ...here, recompute: "all" }];
+  if (budget.hostBytes > 0) tried.push(away("host"));
+  if (budget.diskBytes > 0) tried.push(away("disk"));
+  const device = o.device.startsWith("cuda") ? "cuda" : "cpu";
+  let least: TapePeaks | null = null;
+  for (const policy of tried) {
+    const peaks = everyRank(graph, policy).map(({ step }) => tapePeaks(graph, step, device));
+    const most = (key: "deviceBytes" | "hostBytes" | "diskBytes") => Math.max(...peaks.map((p) => p[key]));
+    const beside = o.device === "cpu" ? most("deviceBytes") + most("hostBytes") : most("deviceBytes");
+    if (
+      beside <= budget.deviceBytes / (o.device === "cpu" ? local : 1) &&
+      most("hostBytes") * local <= (o.device === "cpu" ? budget.deviceBytes : budget.hostBytes) &&
+      most("diskBytes") * local <= budget.diskBytes
+    )
+      return policy;
+    least = peaks[0]!;
+  }
+  throw outOfMemory(
+    `on ${ranks} ranks, ${showSize(least!.deviceBytes)} of device and ${showSize(least!.hostBytes)} of host memory are needed each. Take more ranks, smaller micro-batches, or offload`,
+  );
 }
 
 /** Everything at home in one place, a block on the device while it works. */
@@ -258,7 +318,13 @@ function summarize(f: PlanFacts, predicted: TrainingPlan["predicted"], o: Settle
     disk: "state on disk",
     auto: "chosen for the budgets",
   }[o.offload];
-  const parts = [where, order, `recompute ${f.recompute}`, `update ${f.update}`];
+  const parts = [
+    ...(o.ranks === null ? [] : [`rank ${o.ranks.rank} of ${o.ranks.size}, blocks ${o.stages}`]),
+    where,
+    order,
+    `recompute ${f.recompute}`,
+    `update ${f.update}`,
+  ];
   if (f.fused > 1) parts.push(`${f.fused} micro-batches at once`);
   if (f.blocksMerged > 1) parts.push(`${f.blocksMerged} layers a block`);
   if (predicted !== null) {

@@ -4,10 +4,11 @@
  */
 
 import type { CheckpointStore } from "../checkpoint/store.js";
-import { type CheckpointContents, writeCheckpoint } from "../checkpoint/write.js";
+import { type CheckpointContents, type WriteAmong, writeCheckpoint } from "../checkpoint/write.js";
 import type { DataPosition } from "../data/types.js";
+import { fromFirst } from "../distributed/ranks.js";
 import type { CheckpointEvent } from "./events.js";
-import type { StateKind } from "./native-session.js";
+import type { NativeRanks, StateKind } from "./native-session.js";
 import { type SettledOptions, savedOptions } from "./options.js";
 import type { TrainingSession } from "./training-session.js";
 
@@ -22,6 +23,7 @@ export class Saver {
     private readonly store: CheckpointStore,
     /** What must be on the disk before a checkpoint of that step exists. */
     private readonly beforePublish: () => Promise<void>,
+    private readonly ranks: NativeRanks | null = null,
   ) {}
 
   /** Takes the copy; the write goes on after the promise resolves, where there is one. Call settled() before. */
@@ -33,6 +35,7 @@ export class Saver {
     const kinds = [...new Set(entries.map((e) => e.kind))] as StateKind[];
     const optimizerStep = await session.optimizerStep();
     const snapshot = await session.snapshot(kinds);
+    const among = await this.#among();
     const contents: CheckpointContents = {
       snapshot,
       entries,
@@ -62,7 +65,7 @@ export class Saver {
         versions: open.versions,
       },
     };
-    this.#inFlight = writeCheckpoint(this.store, contents, options.keepLast, this.beforePublish).then(
+    this.#inFlight = writeCheckpoint(this.store, contents, options.keepLast, this.beforePublish, among).then(
       ({ path, bytes }) => {
         const seconds = (performance.now() - started) / 1000;
         this.#finished.push({ event: "checkpoint", step: at.step, path, bytes, seconds });
@@ -73,6 +76,14 @@ export class Saver {
     );
     // The state is there once: no step may change it before it is written.
     if (!snapshot.copied) await this.#inFlight;
+  }
+
+  /** With ranks: the folder that all write into. */
+  async #among(): Promise<WriteAmong | null> {
+    const { ranks } = this;
+    if (ranks === null || ranks.size === 1) return null;
+    const folder = await fromFirst(ranks, ranks.rank === 0 ? await this.store.temporary() : "");
+    return { rank: ranks.rank, size: ranks.size, folder, lost: () => ranks.lost() };
   }
 
   /** Saves that ended since the last call. @throws what a save failed with */

@@ -6,9 +6,10 @@ import { mkdir } from "node:fs/promises";
 import { dirname, join, resolve } from "node:path";
 import { lockFolder, readJson, replaceFile } from "../checkpoint/files.js";
 import { FILES } from "../checkpoint/format.js";
-import { type Checkpoint, openCheckpoint } from "../checkpoint/read.js";
+import { type Checkpoint, openCheckpoint, verifyCheckpoint } from "../checkpoint/read.js";
 import { CheckpointStore } from "../checkpoint/store.js";
 import type { BatchStream, DataBatch, Dataset } from "../data/types.js";
+import { anyRank, fromFirst } from "../distributed/ranks.js";
 import { StromaError } from "../errors.js";
 import { type GenerateOptions, generateMany, generateText, streamText } from "../generate/generate.js";
 import { learningRateAt } from "../optim/schedules.js";
@@ -18,7 +19,7 @@ import { EventQueue } from "./event-queue.js";
 import type { CheckpointEvent, TrainEvent } from "./events.js";
 import { renderLossSvg, thinEvents } from "./loss-svg.js";
 import { MetricsFile, readMetrics } from "./metrics.js";
-import type { StepResult } from "./native-session.js";
+import type { NativeRanks, StepResult } from "./native-session.js";
 import {
   MOST_SKIPS,
   mergeOptions,
@@ -44,6 +45,7 @@ export class Trainer implements AsyncDisposable {
   #outputDir: string | undefined;
   #open: TrainingSession | undefined;
   #running: Promise<void> | undefined;
+  #ranks: NativeRanks | undefined;
   #started = false;
   #stopping = false;
   #disposed = false;
@@ -102,22 +104,22 @@ export class Trainer implements AsyncDisposable {
 
   /** The text that follows `prompt`, by the parameters as they are; also while training. */
   async generate(prompt: string, options: GenerateOptions = {}): Promise<string> {
-    return generateText(this.#session().textModel(), prompt, options);
+    return generateText(this.#alone("generate").textModel(), prompt, options);
   }
 
   /** As generate(), piece by piece. */
   async *stream(prompt: string, options: GenerateOptions = {}): AsyncGenerator<string, void, void> {
-    yield* streamText(this.#session().textModel(), prompt, options);
+    yield* streamText(this.#alone("stream").textModel(), prompt, options);
   }
 
   /** As generate(), for many prompts at once. */
   async generateMany(prompts: readonly string[], options: GenerateOptions = {}): Promise<string[]> {
-    return generateMany(this.#session().textModel(), prompts, options);
+    return generateMany(this.#alone("generateMany").textModel(), prompts, options);
   }
 
   /** Held-out loss by the parameters as they are; also while training. */
   async evaluate(options: Partial<EvaluateOptions> = {}): Promise<EvaluateResult> {
-    const { requests, evalGraph, dataset } = this.#session();
+    const { requests, evalGraph, dataset } = this.#alone("evaluate");
     const { sequenceLength, microBatchSize } = this.#options!;
     return evaluateSession(requests, evalGraph, dataset, { sequenceLength, microBatchSize, ...options });
   }
@@ -135,6 +137,16 @@ export class Trainer implements AsyncDisposable {
     await this.dispose();
   }
 
+  /** What one rank asks of a model that several hold would wait for the others for ever. */
+  #alone(method: string): TrainingSession {
+    if ((this.#ranks?.size ?? 1) > 1)
+      throw new StromaError(
+        "RANKS",
+        `[trainer] ${method}() needs the blocks of all ranks. Use evalEveryNSteps and sampleEveryNSteps, or a checkpoint`,
+      );
+    return this.#session();
+  }
+
   #session(): TrainingSession {
     if (this.#disposed) throw new StromaError("DISPOSED", "[trainer] used after dispose()");
     if (this.#open === undefined)
@@ -142,8 +154,27 @@ export class Trainer implements AsyncDisposable {
     return this.#open;
   }
 
+  /** Joins the other ranks, and tells them should this one fail. */
   async #train(queue: EventQueue<TrainEvent>): Promise<void> {
-    const resumed = await this.#findResume();
+    const spec = this.#given.ranks;
+    if (spec === undefined) return this.#trainAmong(queue, null);
+    const ranks = await this.#parts.joinRanks(spec);
+    this.#ranks = ranks;
+    try {
+      await this.#trainAmong(queue, ranks);
+    } catch (error) {
+      ranks.fail((error as Error).message);
+      throw error;
+    } finally {
+      // The session's thread may still wait for others: it is told, and ends, before the ranks go.
+      await this.#open?.session.dispose();
+      await ranks.leave();
+    }
+  }
+
+  async #trainAmong(queue: EventQueue<TrainEvent>, ranks: NativeRanks | null): Promise<void> {
+    const first = ranks === null || ranks.rank === 0;
+    const resumed = await this.#findResumeAmong(ranks);
     const saved = resumed === null ? {} : await readSavedOptions(resumed);
     const { resume: _resume, ...given } = this.#given;
     this.#options ??= resolveOptions(mergeOptions(saved, given));
@@ -152,15 +183,16 @@ export class Trainer implements AsyncDisposable {
     const outputDir = resolve(options.outputDir ?? (resumed === null ? join("runs", model.name) : runOf(resumed)));
     this.#outputDir = outputDir;
     await mkdir(outputDir, { recursive: true });
-    const unlock = await lockFolder(outputDir);
+    // One writer of the folder: rank 0, which gives others' parts their places.
+    const unlock = first ? await lockFolder(outputDir) : async () => {};
     try {
       const store = new CheckpointStore(outputDir);
-      await store.prepare();
-      if (resumed === null) await refuseToMix(store);
+      if (first) await store.prepare();
+      if (first && resumed === null) await refuseToMix(store);
       const dataset = isDataset(options.data) ? options.data : await this.#parts.openDataset(options.data);
-      const open = await openTrainingSession(options, outputDir, model, dataset, resumed, this.#parts);
+      const open = await openTrainingSession(options, outputDir, model, dataset, resumed, this.#parts, ranks);
       this.#open = open;
-      const run = new Run(open, options, reason, store, outputDir, resumed, queue, this.#given.onEvent);
+      const run = new Run(open, options, reason, store, outputDir, resumed, queue, this.#given.onEvent, ranks);
       try {
         await run.all(() => this.#stopping);
       } finally {
@@ -177,6 +209,15 @@ export class Trainer implements AsyncDisposable {
     if (dtype !== null) return { options: { ...options, dtype }, reason: null };
     const chosen = await this.#parts.computeDType(options.device);
     return { options: { ...options, dtype: chosen.dtype }, reason: chosen.why };
+  }
+
+  /** Rank 0 looks, and checks every hash; the others take the one that it found. */
+  async #findResumeAmong(ranks: NativeRanks | null): Promise<(Checkpoint & { skipped: StromaError[] }) | null> {
+    if (ranks === null) return this.#findResume();
+    const found = ranks.rank === 0 ? await this.#findResume() : null;
+    const path = await fromFirst(ranks, found?.path ?? "");
+    if (path === "") return null;
+    return found ?? { ...(await verifyCheckpoint(path, { hashes: false })), skipped: [] };
   }
 
   async #findResume(): Promise<(Checkpoint & { skipped: StromaError[] }) | null> {
@@ -215,6 +256,8 @@ class Run {
   #stream: BatchStream | undefined;
   #position: DataBatch["position"] | null;
   readonly #saver: Saver;
+  /** Of several ranks one writes metrics and pictures. */
+  readonly #first: boolean;
   readonly #started = performance.now();
   #boundary = this.#started;
 
@@ -227,20 +270,24 @@ class Run {
     private readonly resumed: (Checkpoint & { skipped: StromaError[] }) | null,
     private readonly queue: EventQueue<TrainEvent>,
     private readonly onEvent: TrainerOptions["onEvent"],
+    private readonly ranks: NativeRanks | null,
   ) {
+    this.#first = ranks === null || ranks.rank === 0;
     this.#step = resumed?.state.step ?? 0;
     this.#tokens = resumed?.state.tokens ?? 0;
     this.#position = resumed?.state.data.position ?? null;
     this.#epochs = this.#position?.epoch ?? 0;
-    this.#saver = new Saver(open, options, store, async () => this.#metrics!.flush());
+    this.#saver = new Saver(open, options, store, async () => this.#metrics?.flush(), ranks);
     if (resumed !== null && dirname(resumed.path) === store.folder)
       this.#lastSaved = { step: resumed.state.step, path: resumed.path };
   }
 
-  async all(stopping: () => boolean): Promise<void> {
-    const { options, open } = this;
+  async all(asked: () => boolean): Promise<void> {
+    const { options, open, ranks } = this;
+    // All ranks stop at the same boundary.
+    const stopping = async (): Promise<boolean> => (ranks === null ? asked() : anyRank(ranks, asked()));
     const metricsPath = join(this.outputDir, "metrics.jsonl");
-    this.#metrics = await MetricsFile.open(metricsPath, this.resumed === null ? null : this.#step);
+    if (this.#first) this.#metrics = await MetricsFile.open(metricsPath, this.resumed === null ? null : this.#step);
     this.#stream = await open.dataset.open({
       split: "train",
       sequenceLength: options.sequenceLength,
@@ -275,11 +322,12 @@ class Run {
       await this.#warn("PLAN", `this plan rounds otherwise than the one before: ${open.planDiffers.join("; ")}`);
 
     const last = (): boolean => options.steps !== null && this.#step >= options.steps;
-    let next = last() || stopping() ? null : this.#gather();
+    let stop = await stopping();
+    let next = last() || stop ? null : this.#gather();
     let reason: "steps" | "interrupted" = "steps";
     this.#boundary = performance.now();
     while (next !== null) {
-      if (stopping()) {
+      if (stop) {
         reason = "interrupted";
         break;
       }
@@ -288,8 +336,9 @@ class Run {
       const more = options.steps === null || this.#step + 1 < options.steps;
       next = more ? this.#gather() : null;
       await this.#take(batches, learningRateAt(schedule, options.learningRate, this.#step, steps), !more);
+      stop = await stopping();
     }
-    if (next === null && stopping() && !last()) reason = "interrupted";
+    if (next === null && stop && !last()) reason = "interrupted";
     await this.#finish(reason, metricsPath);
   }
 
@@ -367,7 +416,7 @@ class Run {
         bytesLoaded: result.bytesLoaded,
         bytesSaved: result.bytesSaved,
       };
-      this.#metrics!.append(event);
+      this.#metrics?.append(event);
       if (at === 1 || at % options.logEveryNSteps === 0) await this.#show(event);
       else this.#hidden = event;
     }
@@ -376,7 +425,7 @@ class Run {
       const names = result.skippedBlocks.map((b) => open.plan.graph.blocks[b]!.name).join(", ");
       await this.#warn("NON_FINITE", `step ${at} left blocks as they were whose gradient was not finite: ${names}`);
     }
-    this.#metrics!.check();
+    this.#metrics?.check();
     await this.#atBoundary(at, isLast);
   }
 
@@ -440,11 +489,13 @@ class Run {
     }
     const seconds = (performance.now() - this.#started) / 1000;
     const checkpoint = this.#lastSaved?.path ?? null;
-    await this.#metrics!.flush();
-    const events = await thinEvents(readMetrics(metricsPath));
-    await replaceFile(join(this.outputDir, "loss.svg"), renderLossSvg(events));
+    await this.#metrics?.flush();
+    if (this.#first) {
+      const events = await thinEvents(readMetrics(metricsPath));
+      await replaceFile(join(this.outputDir, "loss.svg"), renderLossSvg(events));
+    }
     await this.#emit({ event: "done", step: this.#step, reason, loss: this.#loss, seconds, checkpoint });
-    await this.#metrics!.flush();
+    await this.#metrics?.flush();
   }
 
   /** The step that profileMemory asks for. */
@@ -466,7 +517,10 @@ class Run {
     const predicted = predict(tape);
     const { device, deviceMemory: capBytes, microBatchSize: B, sequenceLength: T } = this.options;
     const input = { graph, tape, profile: result.profile!, result, predicted, capBytes, dims: { B, T }, device };
-    const files = await writeProfile(join(this.outputDir, `profile-${this.#step}`), input);
+    const files = await writeProfile(
+      join(this.outputDir, `profile-${this.#step}${this.#first ? "" : `-rank-${this.ranks!.rank}`}`),
+      input,
+    );
     await this.#emit({
       event: "profile",
       step: this.#step,
@@ -482,7 +536,7 @@ class Run {
   }
 
   async #emit(event: TrainEvent): Promise<void> {
-    this.#metrics!.append(event);
+    this.#metrics?.append(event);
     await this.#show(event);
   }
 

@@ -2,6 +2,7 @@
 import { createRequire } from "node:module";
 import { type Checkpoint, readGraph, restoreSession } from "../checkpoint/read.js";
 import type { Dataset } from "../data/types.js";
+import { agreeOn } from "../distributed/ranks.js";
 import { StromaError } from "../errors.js";
 import { GENERATE, type TextModel } from "../generate/generate.js";
 import { graphHash } from "../graph/hash.js";
@@ -9,7 +10,7 @@ import type { Graph } from "../graph/types.js";
 import { EVAL } from "./evaluate.js";
 import { gate, type Runner } from "./gate.js";
 import type { ResolvedModel } from "./model-source.js";
-import type { NativeSession, SessionOptions } from "./native-session.js";
+import type { NativeRanks, NativeSession, SessionOptions } from "./native-session.js";
 import type { SettledOptions } from "./options.js";
 import type { Parts } from "./parts.js";
 import { planDifferences, type TrainingPlan } from "./plan.js";
@@ -42,24 +43,37 @@ export async function openTrainingSession(
   dataset: Dataset,
   resumed: Checkpoint | null,
   parts: Parts,
+  ranks: NativeRanks | null = null,
 ): Promise<TrainingSession> {
   const graph = model.graph("train", options.dtype);
   const evalGraph = model.graph("eval", options.dtype);
   const generateGraph = model.graph("generate", options.dtype);
   if (resumed !== null) await checkSame(resumed, graph, dataset, options);
   const plan = await parts.plan(graph, options);
-  const session = await parts.createSession(sessionOptions(options, outputDir));
+  const versions = {
+    stromatolite: packageVersion(),
+    libtorch: await parts.libtorchVersion(),
+    node: process.versions.node,
+  };
+  if (ranks !== null)
+    await agreeOn(ranks, {
+      ...versions,
+      model: graphHash(graph),
+      plan: plan.facts.tapeHash,
+      data: dataset.fingerprint,
+      step: resumed?.state.step ?? 0,
+      ...shared(options),
+    });
+  const session = await parts.createSession({
+    ...sessionOptions(options, outputDir),
+    ...(ranks === null ? {} : { ranks }),
+  });
   try {
     await session.load(plan.graph, plan.placement);
     if (resumed === null) await session.initialize(options.seed);
-    else await restoreSession(session, resumed, { optimizer: true });
+    else await restoreSession(session, resumed, { optimizer: true, part: ranks !== null });
     await session.attach(EVAL, evalGraph);
     await session.attach(GENERATE, generateGraph);
-    const versions = {
-      stromatolite: packageVersion(),
-      libtorch: await parts.libtorchVersion(),
-      node: process.versions.node,
-    };
     const requests = gate(session);
     const then = resumed?.state.plan ?? null;
     return {
@@ -92,6 +106,18 @@ function sessionOptions(options: SettledOptions, outputDir: string): SessionOpti
     ...{ device, dtype, storage, masterWeight, threads, optimizer },
     diskFolder: options.diskFolder ?? outputDir,
     ...(device === "sim" ? { sim: { memoryBytes, hostToDevice: null, deviceToHost: null, adversary: null } } : {}),
+  };
+}
+
+/** What of the options all ranks must have alike. */
+function shared(o: SettledOptions): Record<string, unknown> {
+  const { dtype, precision, masterWeight, optimizer, seed, learningRate, learningRateSchedule, maxGradNorm } = o;
+  const { steps, epochs, saveEveryNSteps, saveEveryNEpochs, evalEveryNSteps, evalMicroBatches } = o;
+  const { sampleEveryNSteps, samplePrompts, sampleTokens, nonFinite } = o;
+  return {
+    ...{ dtype, precision, masterWeight, optimizer, seed, learningRate, learningRateSchedule, maxGradNorm },
+    ...{ steps, epochs, saveEveryNSteps, saveEveryNEpochs, evalEveryNSteps, evalMicroBatches },
+    ...{ sampleEveryNSteps, samplePrompts, sampleTokens, nonFinite },
   };
 }
 

@@ -38,7 +38,10 @@ describe.skipIf(!native)("any number of ranks gives the same numbers", () => {
       const of = randomStages(next, c.graph, size);
       if (of === null) continue;
       let ranks = groups.get(size);
-      if (ranks === undefined) groups.set(size, (ranks = await joinAll(native!, size)));
+      if (ranks === undefined) {
+        ranks = await joinAll(native!, size);
+        groups.set(size, ranks);
+      }
       const options = sessionOptions(c, {
         device: "sim",
         diskFolder: folder,

@@ -22,6 +22,9 @@ export function fakeParts(faults: FakeFaults = {}, vocabulary = LETTERS.length):
       sessions.push(session);
       return session;
     },
+    joinRanks: async () => {
+      throw new Error("the fakes train alone");
+    },
     libtorchVersion: async () => "none",
     openDataset: async (spec) => letters({ name: String(spec) }),
     resolveModel: (spec) => ({
