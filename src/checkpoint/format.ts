@@ -3,7 +3,7 @@ import { createHash } from "node:crypto";
 import type { DataPosition } from "../data/types.js";
 import { StromaError } from "../errors.js";
 import { canonicalJson } from "../graph/hash.js";
-import type { StateFormat } from "../plan/types.js";
+import { SCHEDULES, type StateFormat } from "../plan/types.js";
 import type { SessionOptions } from "../train/native-session.js";
 import type { PlanFacts } from "../train/plan.js";
 
@@ -125,7 +125,7 @@ const VERSION_1: Record<string, Check> = {
 
 const PLAN = all({
   tapeHash: text,
-  order: oneOf("breadthFirst", "depthFirst"),
+  order: oneOf(...SCHEDULES),
   recompute: oneOf("all", "none"),
   update: oneOf("end", "backward", "forward"),
   clip: oneOf("none", "block", "global"),

@@ -9,6 +9,7 @@ import type { Options as YargsOption } from "yargs";
 import { z } from "zod";
 import { invalidArgument, StromaError } from "../errors.js";
 import { SCHEDULE_KINDS } from "../optim/schedules.js";
+import { SCHEDULES as ORDERS } from "../plan/types.js";
 import { MAX_THREADS } from "../train/options.js";
 
 export interface OptionSpec<S extends z.ZodType = z.ZodType> {
@@ -352,7 +353,7 @@ export const trainOptions = {
   ),
   order: choice(
     MEMORY,
-    ["breadthFirst", "depthFirst"],
+    ORDERS,
     "Order of the work inside a step; the numbers are the same",
     "breadthFirst; --plan auto chooses",
   ),

@@ -6,11 +6,20 @@ import type { Graph } from "../graph/types.js";
 import { type Facts, type Op, type Pass, refuse, showPlace, showRange } from "./check-facts.js";
 import { PAGE, PLACE_ALIGN } from "./layout.js";
 import { checkStages } from "./stages.js";
-import type { CopyQueue, Instruction, Operand, Place, RetainedDType, Space, Tape } from "./types.js";
+import {
+  type CopyQueue,
+  type Instruction,
+  type Operand,
+  type Place,
+  type RetainedDType,
+  SCHEDULES,
+  type Space,
+  type Tape,
+} from "./types.js";
 
 const WORDS = {
   kind: ["step", "flush"],
-  schedule: ["depthFirst", "breadthFirst"],
+  schedule: SCHEDULES,
   recompute: ["all", "none"],
   update: ["end", "backward", "forward"],
   clip: ["none", "block", "global"],

@@ -17,8 +17,14 @@
  */
 import type { DType } from "../graph/types.js";
 
-/** depthFirst: each micro-batch through all blocks. breadthFirst: all micro-batches through a block, then the next. */
-export type Schedule = "depthFirst" | "breadthFirst";
+/**
+ * depthFirst: each micro-batch through all blocks. breadthFirst: all micro-batches through a block, then the next.
+ * oneForwardOneBackward: as depthFirst, but a rank that is s stages before the last lets s forwards run ahead of its
+ * backwards, so that contiguous stages all work at once (PipeDream-flush, arXiv 2006.09503; its bubble is
+ * (R - 1) / (M + R - 1)). On one rank it is depthFirst.
+ */
+export type Schedule = "depthFirst" | "breadthFirst" | "oneForwardOneBackward";
+export const SCHEDULES: readonly Schedule[] = ["breadthFirst", "depthFirst", "oneForwardOneBackward"];
 /** none: keep each block's autograd graph from forward to backward. all: run the forward again in the backward. */
 export type Recompute = "all" | "none";
 /**

@@ -24,7 +24,10 @@ export interface Visit {
   end: number[];
 }
 
-export function visitsOf(flow: Flow, policy: Pick<Policy, "schedule" | "update" | "microBatches">): Visit[] {
+export function visitsOf(
+  flow: Flow,
+  policy: Pick<Policy, "schedule" | "update" | "microBatches" | "stages">,
+): Visit[] {
   const { schedule, update, microBatches } = policy;
   const visits: Visit[] = [];
   const all = [...Array(microBatches).keys()];
@@ -34,9 +37,21 @@ export function visitsOf(flow: Flow, policy: Pick<Policy, "schedule" | "update" 
     const passes = batches.map((microBatch) => ({ op, block, microBatch, visit: visits.length, index: index++ }));
     visits.push({ passes, pending: [], complete: [], end: [] });
   };
-  for (const batches of schedule === "breadthFirst" ? [all] : all.map((m) => [m])) {
+  const forward = (batches: number[]) => {
     for (const b of flow.forwards) visit("forward", b, batches);
+  };
+  const backward = (batches: number[]) => {
     for (const b of flow.backwards) visit("backward", b, batches);
+  };
+  if (schedule === "breadthFirst") {
+    forward(all);
+    backward(all);
+  } else {
+    const ahead = schedule === "depthFirst" ? 0 : Math.min(microBatches - 1, stagesAfter(flow));
+    for (let m = 0; m < microBatches + ahead; m++) {
+      if (m < microBatches) forward([m]);
+      if (m >= ahead) backward([m - ahead]);
+    }
   }
   for (const b of flow.trained) {
     const last = visits.findLastIndex(
@@ -49,6 +64,13 @@ export function visitsOf(flow: Flow, policy: Pick<Policy, "schedule" | "update" 
   }
   if (update === "end") for (const b of flow.trained) visits.push({ passes: [], pending: [], complete: [], end: [b] });
   return visits;
+}
+
+/** Ranks whose first block comes behind that of the flow's own. */
+function stagesAfter({ stages }: Flow): number {
+  if (stages === undefined) return 0;
+  const { of, ranks, rank } = stages;
+  return [...Array(ranks).keys()].filter((r) => of.indexOf(r) > of.indexOf(rank)).length;
 }
 
 /** Visits that only carry out what the last step retained. */

@@ -1,7 +1,15 @@
 /** How parameters and optimizer state are stored, where they live, and when they change: options and what they exclude. */
 import { invalidArgument, StromaError } from "../errors.js";
 import { parseSize } from "../plan/budget.js";
-import type { Clip, MasterWeight, Recompute, Schedule, StateFormat, UpdateOrder } from "../plan/types.js";
+import {
+  type Clip,
+  type MasterWeight,
+  type Recompute,
+  SCHEDULES,
+  type Schedule,
+  type StateFormat,
+  type UpdateOrder,
+} from "../plan/types.js";
 import type { SessionOptions } from "./native-session.js";
 
 export interface MemoryOptions {
@@ -152,7 +160,7 @@ function schedule(
   { plan, offload }: Pick<ResolvedMemory, "plan" | "offload">,
   clip: Clip,
 ): Pick<ResolvedMemory, "order" | "recompute" | "update"> {
-  const order = one(o.order, ["breadthFirst", "depthFirst"] as const, "order") ?? null;
+  const order = one(o.order, SCHEDULES, "order") ?? null;
   const recompute = one(o.recompute, ["all", "none"] as const, "recompute") ?? null;
   const update = one(o.update, ["end", "backward", "forward"] as const, "update") ?? null;
   if (update === "backward" && clip === "global")
