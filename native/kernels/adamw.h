@@ -40,17 +40,22 @@ struct AdamWStep {
     s.decays = weight_decay != 0;
     return s;
   }
+  STROMA_HD bool from_moment() const { return one_minus_beta1 < static_cast<T>(0.5); }
 };
 
-// First half: both moments from the summed gradient; returns the operand of the root.
-template <typename T>
+// First half: both moments from the summed gradient; returns the operand of the root. ATen's lerp changes its form
+// where the weight reaches one half: FromMoment is the one below, the same for all elements (s.from_moment()).
+template <bool FromMoment, typename T>
 STROMA_HD T adamw_moments(const AdamWStep<T>& s, T g, T& m, T& v) {
   g = g * s.gradient_scale;
-  // ATen's lerp changes its form where the weight reaches one half.
-  m = s.one_minus_beta1 < static_cast<T>(0.5) ? fused_multiply_add(s.one_minus_beta1, g - m, m)
-                                              : fused_multiply_add(s.one_minus_beta1 - static_cast<T>(1), g - m, g);
+  m = FromMoment ? fused_multiply_add(s.one_minus_beta1, g - m, m)
+                 : fused_multiply_add(s.one_minus_beta1 - static_cast<T>(1), g - m, g);
   v = fused_multiply_add(s.one_minus_beta2 * g, g, v * s.beta2);
   return v;
+}
+template <typename T>
+STROMA_HD T adamw_moments(const AdamWStep<T>& s, T g, T& m, T& v) {
+  return s.from_moment() ? adamw_moments<true>(s, g, m, v) : adamw_moments<false>(s, g, m, v);
 }
 
 // Second half: the parameter, from the new first moment and the root of the new second one.
@@ -64,11 +69,11 @@ STROMA_HD T adamw_parameter(const AdamWStep<T>& s, T p, T m, T root_of_v) {
 // values are encoded only afterwards. An element whose new second moment is not finite (its gradient is NaN, infinite,
 // or its square overflows) loses its state and keeps its parameter, or one such value would take its whole block along.
 // No bits of PyTorch's are to be met here: the root is the correctly rounded one, and its correction a product.
+template <bool FromMoment>
 STROMA_HD void adamw_quantized(const AdamWStep<float>& s, float g, float& p, float& m, float& v) {
-  const float root = square_root(adamw_moments(s, g, m, v));
-  const float decayed = s.decays ? p * s.decay : p;
+  const float root = square_root(adamw_moments<FromMoment>(s, g, m, v));
   const float denominator = fused_multiply_add(root, s.inverse_sqrt_correction2, s.epsilon);
-  const float updated = decayed + (s.negative_step_size * m) / denominator;
+  const float updated = p * s.decay + (s.negative_step_size * m) / denominator;  // a decay of 1 changes nothing
   const bool finite = v < __builtin_huge_valf();
   p = finite ? updated : p;
   m = finite ? m : 0.0f;

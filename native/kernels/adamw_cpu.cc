@@ -36,18 +36,59 @@ STROMA_ADAMW_TILE(float)
 STROMA_ADAMW_TILE(double)
 #undef STROMA_ADAMW_TILE
 
-// One block: decoded, updated, encoded, in the first-level cache.
-STROMA_CLONES void quantized_block(const AdamWStep<float> s, const float* __restrict value1,
-                                   const uint32_t* __restrict cell1, const float* __restrict value2,
-                                   const uint32_t* __restrict cell2, const float* __restrict g, float* __restrict p,
-                                   uint8_t* __restrict code1, uint8_t* __restrict code2, float* __restrict absmax1,
-                                   float* __restrict absmax2) {
-  alignas(64) float m[kQuantBlock], v[kQuantBlock];
-  decode_block(value1, code1, *absmax1, m);
-  decode_block(value2, code2, *absmax2, v);
-  for (int32_t i = 0; i < kQuantBlock; ++i) adamw_quantized(s, g[i], p[i], m[i], v[i]);
-  encode_block<true, true>(cell1, m, absmax1, code1);
-  encode_block<false, false>(cell2, v, absmax2, code2);
+// What quantized blocks look up: as parameters of the functions below, see tiles.h.
+struct QuantizedMaps {
+  const float *value1, *value2;
+  const uint32_t *entry1, *entry2;
+};
+
+// Updates one block, whose moments were decoded into m and v, and decodes the next one's beside it: look-ups have time
+// while roots and quotients are computed.
+template <bool FromMoment>
+STROMA_INLINE void update_block(const AdamWStep<float>& s, const float* __restrict g, float* __restrict p,
+                                float* __restrict m, float* __restrict v, int32_t* most, const float* __restrict value1,
+                                const uint8_t* __restrict code1, float absmax1, float* __restrict next_m,
+                                const float* __restrict value2, const uint8_t* __restrict code2, float absmax2,
+                                float* __restrict next_v) {
+  int32_t most1 = 0, most2 = 0;
+  for (int32_t i = 0; i < kQuantBlock; ++i) {
+    next_m[i] = value1[code1[i]] * absmax1;
+    next_v[i] = value2[code2[i]] * absmax2;
+    float p_i = p[i], m_i = m[i], v_i = v[i];
+    adamw_quantized<FromMoment>(s, g[i], p_i, m_i, v_i);
+    p[i] = p_i;
+    m[i] = m_i;
+    v[i] = v_i;
+    most1 = std::max(most1, static_cast<int32_t>(magnitude_bits(m_i)));
+    most2 = std::max(most2, static_cast<int32_t>(magnitude_bits(v_i)));
+  }
+  most[0] = most1;
+  most[1] = most2;
+}
+
+template <bool FromMoment>
+STROMA_INLINE void update_blocks(const AdamWStep<float>& s, const QuantizedMaps& maps, const float* g, float* p,
+                                 uint8_t* code1, uint8_t* code2, float* absmax1, float* absmax2, int64_t blocks) {
+  alignas(64) float m[2][kQuantBlock], v[2][kQuantBlock];
+  decode_block(maps.value1, code1, absmax1[0], m[0]);
+  decode_block(maps.value2, code2, absmax2[0], v[0]);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t i = b * kQuantBlock, next = std::min(b + 1, blocks - 1), j = next * kQuantBlock;
+    float *m_b = m[b % 2], *v_b = v[b % 2];
+    int32_t most[2];
+    update_block<FromMoment>(s, g + i, p + i, m_b, v_b, most, maps.value1, code1 + j, absmax1[next], m[(b + 1) % 2],
+                             maps.value2, code2 + j, absmax2[next], v[(b + 1) % 2]);
+    encode_block<true>(maps.entry1, m_b, most[0], absmax1 + b, code1 + i);
+    encode_block<false>(maps.entry2, v_b, most[1], absmax2 + b, code2 + i);
+  }
+}
+
+STROMA_CLONES void quantized_blocks(const AdamWStep<float> s, const QuantizedMaps maps, const float* g, float* p,
+                                    uint8_t* code1, uint8_t* code2, float* absmax1, float* absmax2, int64_t blocks) {
+  if (s.from_moment())
+    update_blocks<true>(s, maps, g, p, code1, code2, absmax1, absmax2, blocks);
+  else
+    update_blocks<false>(s, maps, g, p, code1, code2, absmax1, absmax2, blocks);
 }
 
 STROMA_CLONES void round_nearest(const float* __restrict w, uint16_t* __restrict p, int64_t n) {
@@ -79,8 +120,8 @@ STROMA_CLONES void round_stochastic(const float* __restrict w, const uint16_t* _
   for (int64_t i = 0; i < n; ++i) p[i] = stochastic_bfloat16(w[i], draws[i]);
 }
 
-// Five streams of a tile stay in the second-level cache between the passes; of a quantized one, nearly in the first.
-constexpr int64_t kTile = 8192, kQuantTile = 4 * kQuantBlock;
+// Five streams of a tile stay in the second-level cache between the passes.
+constexpr int64_t kTile = 8192, kQuantTile = 16 * kQuantBlock;
 
 uint16_t* bfloat16_data(const at::Tensor& t) { return reinterpret_cast<uint16_t*>(t.data_ptr<c10::BFloat16>()); }
 
@@ -147,17 +188,16 @@ void update_quantized_tile(const AdamWArguments& a, Weight kind, const AdamWStep
           *code2 = a.exp_avg_sq.mutable_data_ptr<uint8_t>() + begin;
   float *absmax1 = a.absmax1->mutable_data_ptr<float>() + begin / kQuantBlock,
         *absmax2 = a.absmax2->mutable_data_ptr<float>() + begin / kQuantBlock;
-  const auto block = [&](const float* g, float* p, uint8_t* code1, uint8_t* code2) {
-    quantized_block(s, signed_map().value, signed_map().cell, unsigned_map().value, unsigned_map().cell, g, p, code1,
-                    code2, absmax1++, absmax2++);
-  };
-  int64_t i = 0;
-  for (; i + kQuantBlock <= n; i += kQuantBlock) block(g + i, p + i, code1 + i, code2 + i);
+  const QuantizedMaps maps{signed_map().value, unsigned_map().value, code_table<true, true>().entry,
+                           code_table<false, false>().entry};
+  const int64_t whole = n / kQuantBlock, i = whole * kQuantBlock;
+  if (whole > 0) quantized_blocks(s, maps, g, p, code1, code2, absmax1, absmax2, whole);
   if (const int64_t rest = n - i; rest > 0) {
     // Zeros beyond the end have neither gradient nor moments, and no part in absmax.
     Padded<float> g_end(g + i, rest), p_end(p + i, rest);
     Padded<uint8_t> code1_end(code1 + i, rest, DynamicMap<true>::kZero), code2_end(code2 + i, rest);
-    block(g_end.data, p_end.data, code1_end.data, code2_end.data);
+    quantized_blocks(s, maps, g_end.data, p_end.data, code1_end.data, code2_end.data, absmax1 + whole, absmax2 + whole,
+                     1);
     std::copy_n(p_end.data, rest, p + i);
     std::copy_n(code1_end.data, rest, code1 + i);
     std::copy_n(code2_end.data, rest, code2 + i);

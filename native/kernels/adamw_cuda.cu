@@ -93,7 +93,11 @@ __global__ void adamw_quantized_kernel(const AdamWStep<float> s, const Gradient 
       m = map1->value[code1[i]] * absmax1[b];
       v = map2->value[code2[i]] * absmax2[b];
       float p = weight.load<float>(i);
-      adamw_quantized(s, grad.at<float>(i), p, m, v);
+      const float g = grad.at<float>(i);
+      if (s.from_moment())
+        adamw_quantized<true>(s, g, p, m, v);
+      else
+        adamw_quantized<false>(s, g, p, m, v);
       weight.store(i, p);
     }
     // encode_element synchronises before it writes absmax, so that every thread has read the old one.

@@ -74,17 +74,44 @@ DynamicMap<Signed> make_map() {
   return map;
 }
 
+template <bool Signed, bool KeepSign>
+CodeTable<Signed> make_table(const DynamicMap<Signed>& map) {
+  using Table = CodeTable<Signed>;
+  constexpr uint32_t kSize = 1u << Table::kShift;
+  CodeTable<Signed> table;
+  for (uint32_t cell = 0; cell < std::size(table.entry); ++cell) {
+    const uint32_t begin = cell << Table::kShift;
+    // The code, or 255 - code below zero, of the cell's value number `low`: does not fall with it.
+    const auto rising = [&](uint32_t low) {
+      const int32_t code = nearest_code<Signed, KeepSign>(map.cell, bits_float(begin + low), 1.0f);
+      return static_cast<uint32_t>(begin >> 31 ? 255 - code : code);
+    };
+    const uint32_t first = rising(0), last = rising(kSize - 1);
+    TORCH_INTERNAL_ASSERT(last - first <= 1, "a cell holds two boundaries");
+    uint32_t next = first == last ? kSize : 0;  // where the next code begins
+    for (uint32_t high = kSize - 1; next < high;) {
+      const uint32_t mid = next + (high - next) / 2;
+      if (rising(mid) == last)
+        high = mid;
+      else
+        next = mid + 1;
+    }
+    table.entry[cell] = (first << 24) + ((kSize - next) << Table::kLift) - (begin << Table::kLift);
+  }
+  return table;
+}
+
 STROMA_CLONES void decode(const float* __restrict value, const uint8_t* __restrict code, float absmax,
                           float* __restrict out) {
   decode_block(value, code, absmax, out);
 }
-STROMA_CLONES void encode_signed(const uint32_t* __restrict cell, const float* __restrict x, float* __restrict absmax,
+STROMA_CLONES void encode_signed(const uint32_t* __restrict entry, const float* __restrict x, float* __restrict absmax,
                                  uint8_t* __restrict code) {
-  encode_block<true, false>(cell, x, absmax, code);
+  encode_block<true>(entry, x, most_of_block(x), absmax, code);
 }
-STROMA_CLONES void encode_unsigned(const uint32_t* __restrict cell, const float* __restrict x, float* __restrict absmax,
-                                   uint8_t* __restrict code) {
-  encode_block<false, false>(cell, x, absmax, code);
+STROMA_CLONES void encode_unsigned(const uint32_t* __restrict entry, const float* __restrict x,
+                                   float* __restrict absmax, uint8_t* __restrict code) {
+  encode_block<false>(entry, x, most_of_block(x), absmax, code);
 }
 
 // Runs `block(index, begin, size)` over the blocks of n elements on the intra-op threads.
@@ -105,9 +132,9 @@ void quantize(const T* x, uint8_t* code, float* absmax, bool is_signed, int64_t 
     else
       convert(x + begin, values, size);
     if (is_signed)
-      encode_signed(signed_map().cell, values, absmax + b, codes);
+      encode_signed(code_table<true, false>().entry, values, absmax + b, codes);
     else
-      encode_unsigned(unsigned_map().cell, values, absmax + b, codes);
+      encode_unsigned(code_table<false, false>().entry, values, absmax + b, codes);
     std::copy_n(codes, size, code + begin);
   });
 }
@@ -158,6 +185,20 @@ const DynamicMap<false>& unsigned_map() {
   static const DynamicMap<false> map = make_map<false>();
   return map;
 }
+
+template <bool Signed, bool KeepSign>
+const CodeTable<Signed>& code_table() {
+  static const CodeTable<Signed> table = [] {
+    if constexpr (Signed)
+      return make_table<Signed, KeepSign>(signed_map());
+    else
+      return make_table<Signed, KeepSign>(unsigned_map());
+  }();
+  return table;
+}
+template const CodeTable<true>& code_table<true, true>();
+template const CodeTable<true>& code_table<true, false>();
+template const CodeTable<false>& code_table<false, false>();
 
 #define STROMA_CONVERT(From, To)                                                          \
   STROMA_CLONES void convert(const From* __restrict from, To* __restrict to, int64_t n) { \

@@ -110,6 +110,23 @@ def check_codes():
     return result
 
 
+def check_step_codes():
+    """With both betas 0 the moments are the gradient and its square: the step's own encoding against the whole search.
+    Below zero a first moment never has zero's code."""
+    x = near_boundaries(F.create_dynamic_map(True, 7, 8))
+    run = Adam8(torch.zeros(x.shape))
+    S.adamw_(run.param, None, x, run.state1, run.state2, run.absmax1, run.absmax2, LR, 0.0, 0.0, EPS, 0.0, 1, 1.0, [1, 1, 0])
+    first, _ = B.quantize_blockwise(x.double(), F.create_dynamic_map(True, 7, 8), 256)
+    first[(x < 0) & (first == 127)] = 126
+    # A block whose moments' absmax is 1: its second moment is the gradient's root squared, rounded, and again searched.
+    y = near_boundaries(F.create_dynamic_map(False, 7, 8)).sqrt()
+    other = Adam8(torch.zeros(y.shape))
+    S.adamw_(other.param, None, y, other.state1, other.state2, other.absmax1, other.absmax2, LR, 0.0, 0.0, EPS, 0.0, 1, 1.0,
+             [1, 1, 0])
+    second, _ = B.quantize_blockwise((y * y).double(), F.create_dynamic_map(False, 7, 8), 256)
+    return {"first": unequal(run.state1, first), "second": unequal(other.state2, second), "floats": x.numel() + y.numel()}
+
+
 def check_lost():
     """Values that cannot be encoded come back as no number, in their block alone; tiny blocks come back as zeros."""
     x = torch.randn(3 * 256)

@@ -35,6 +35,7 @@ interface Apart {
 interface Figures {
   maps: { signed: number; unsigned: number };
   codes: { signed: Codes; unsigned: Codes };
+  step_codes: { first: number; second: number; floats: number };
   lost: { finite: number[]; tiny: number };
   exact: Record<"torch.float32" | "torch.float64", number>;
   masters: {
@@ -79,6 +80,11 @@ describe.skipIf(!native || !python)("optimizer kernels", () => {
       expect(kind.nearBoundaries).toBe(0);
       expect([kind.codes, kind.absmaxes, kind.dequantized]).toEqual([0, 0, 0]);
     }
+  });
+
+  it("encode a step's moments with the nearest code too, and a negative first moment never with zero's", () => {
+    expect(f.step_codes.floats).toBeGreaterThan(200_000);
+    expect(f.step_codes).toMatchObject({ first: 0, second: 0 });
   });
 
   it("are nowhere farther from the value than bitsandbytes' table of 65,536 steps, which is up to a step farther", () => {
