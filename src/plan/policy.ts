@@ -1,7 +1,7 @@
 /** What a tape is written from, and which combinations make no sense. */
 import { StromaError } from "../errors.js";
 import type { Graph } from "../graph/types.js";
-import { checkStages } from "./stages.js";
+import { checkStages, isContiguous } from "./stages.js";
 import type { Clip, Recompute, RetainedDType, Schedule, Stages, StateFormat, UpdateOrder } from "./types.js";
 
 export type Space3 = "device" | "host" | "disk";
@@ -50,6 +50,11 @@ export function checkPolicy(graph: Graph, policy: Policy): void {
   if (boundary !== "slot" && dims === null)
     refuse(`boundaries on ${boundary} need the largest value of every dim. Give dims, or boundary "slot"`);
   if (policy.stages !== undefined) checkStages(graph, policy.stages);
+  if (policy.stages !== undefined && policy.schedule === "oneForwardOneBackward" && !isContiguous(graph, policy.stages))
+    refuse(
+      'schedule "oneForwardOneBackward" is for stages of neighbouring blocks: others would wait for each other for ever. ' +
+        'Take stages "contiguous", or another order',
+    );
   if (policy.stages !== undefined && boundary === "slot")
     refuse('ranks exchange boundaries of a known size. Give dims, and boundary "device", "host" or "disk"');
   if (update === "backward" && clip === "global")

@@ -52,6 +52,13 @@ export function checkStages(graph: Graph, { rank, ranks, of }: Stages): void {
       refuse(`rank ${r} of ${ranks} would have no block of ${graph.model}, which has ${of.length}. Take fewer ranks`);
 }
 
+/** Whether no forward of a rank needs one of a rank that begins behind it. A loss may lie anywhere. */
+export function isContiguous(graph: Graph, { of }: Stages): boolean {
+  const losses = new Set(graph.losses.map((l) => l.block));
+  const firsts = of.map((rank) => of.indexOf(rank)).filter((_, b) => !losses.has(b));
+  return firsts.every((first, i) => i === 0 || first >= firsts[i - 1]!);
+}
+
 /** The earlier block whose parameter b uses; null: b stands for itself. */
 function tiedTo(graph: Graph, b: number): number | null {
   const [first] = ownersOf(graph, b);

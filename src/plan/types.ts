@@ -24,7 +24,7 @@ import type { DType } from "../graph/types.js";
  * (R - 1) / (M + R - 1)). On one rank it is depthFirst.
  */
 export type Schedule = "depthFirst" | "breadthFirst" | "oneForwardOneBackward";
-export const SCHEDULES: readonly Schedule[] = ["breadthFirst", "depthFirst", "oneForwardOneBackward"];
+export const SCHEDULES = ["breadthFirst", "depthFirst", "oneForwardOneBackward"] as const satisfies readonly Schedule[];
 /** none: keep each block's autograd graph from forward to backward. all: run the forward again in the backward. */
 export type Recompute = "all" | "none";
 /**

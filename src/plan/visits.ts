@@ -24,10 +24,7 @@ export interface Visit {
   end: number[];
 }
 
-export function visitsOf(
-  flow: Flow,
-  policy: Pick<Policy, "schedule" | "update" | "microBatches" | "stages">,
-): Visit[] {
+export function visitsOf(flow: Flow, policy: Pick<Policy, "schedule" | "update" | "microBatches" | "stages">): Visit[] {
   const { schedule, update, microBatches } = policy;
   const visits: Visit[] = [];
   const all = [...Array(microBatches).keys()];

@@ -7,6 +7,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, describe, expect, it } from "vitest";
 import { ownersOf } from "../../src/plan/layout.js";
+import { isContiguous } from "../../src/plan/stages.js";
 import type { NativeRanks } from "../../src/train/native-session.js";
 import { nativeOrSkip } from "../support/native.js";
 import { random } from "../support/random-models.js";
@@ -37,6 +38,8 @@ describe.skipIf(!native)("any number of ranks gives the same numbers", () => {
       if (policy.boundary === "slot") policy.boundary = "device";
       const of = randomStages(next, c.graph, size);
       if (of === null) continue;
+      if (next() < 0.5 && isContiguous(c.graph, { rank: 0, ranks: size, of }))
+        policy.schedule = "oneForwardOneBackward";
       let ranks = groups.get(size);
       if (ranks === undefined) {
         ranks = await joinAll(native!, size);
@@ -70,9 +73,11 @@ describe.skipIf(!native)("any number of ranks gives the same numbers", () => {
 /** Tied blocks together, every rank with something; null where the draw left one without. */
 function randomStages(next: () => number, graph: ReturnType<typeof lawCase>["graph"], ranks: number): number[] | null {
   const of: number[] = [];
+  const inOrder = next() < 0.5;
   for (const b of graph.blocks.keys()) {
     const first = ownersOf(graph, b)[0];
-    of.push(first !== undefined && first < b ? of[first]! : Math.floor(next() * ranks));
+    const drawn = inOrder ? Math.floor((b * ranks) / graph.blocks.length) : Math.floor(next() * ranks);
+    of.push(first !== undefined && first < b ? of[first]! : drawn);
   }
   return new Set(of).size === ranks ? of : null;
 }
