@@ -116,8 +116,8 @@ const BY: Readonly<Record<Launcher, string>> = {
 
 const RESTARTS: Readonly<Record<Exclude<Launcher, "stroma">, string>> = {
   torchrun: "It restarts them itself: torchrun --max-restarts N, with --resume auto here",
-  slurm: "Slurm starts a job again with sbatch --requeue, with --resume auto here",
-  openmpi: "mpirun starts nothing again: call it in a loop, with --resume auto here",
+  slurm: "In the batch script: srun … --resume auto || scontrol requeue $SLURM_JOB_ID",
+  openmpi: "mpirun starts nothing again: call it once more, with --resume auto here",
 };
 
 const plural = (n: number, noun: string): string => (n === 1 ? noun : `${noun}s`);

@@ -116,7 +116,10 @@ class RankGroup {
       // After a failure they were asked already, and a second signal would end them without saving.
       if (this.#failure === null) this.#each((child) => child.kill(asSignal(stop!.reason)));
     };
-    const kill = (): void => this.#each(killGroup);
+    const kill = (): void => {
+      this.#each(killGroup);
+      this.#leaveTerminal();
+    };
     const terminal = followTerminal(this.#running, () => this.#children[0]);
     // Whatever ends this process in an orderly way, an exception too.
     process.on("exit", kill);
@@ -186,7 +189,7 @@ class RankGroup {
   /** Acts on the end of a rank at once; what is to be said of it, if anything. */
   #ended(child: ChildProcess, rank: number, status: number, what: string): string | null {
     this.#running.delete(child);
-    if (this.#live === child) this.#live = null;
+    if (this.#live === child) this.#leaveTerminal();
     const { stop, quit, ranks, graceMs = 10_000 } = this.options;
     if (status === 0 || quit?.aborted) return null;
     if (stop?.aborted && (status === statusOf(null, "SIGINT") || status === statusOf(null, "SIGTERM"))) {
@@ -206,6 +209,15 @@ class RankGroup {
     }
     const then = others === 0 ? "" : `; ending the other ${others === 1 ? "rank" : `${others} ranks`}`;
     return `${ranks === 1 ? "the run" : `rank ${rank}`} ${what}${then}`;
+  }
+
+  /** A live view hides the cursor; one that was killed cannot show it again. */
+  #leaveTerminal(): void {
+    if (this.#live === null) return;
+    this.#live = null;
+    const { out = process.stdout, err = process.stderr } = this.options;
+    const terminal = [out, err].find((stream) => (stream as Partial<NodeJS.WriteStream>).isTTY === true);
+    terminal?.write("\u001b[?25h\n");
   }
 
   #hear(child: ChildProcess, message: RankMessage): void {

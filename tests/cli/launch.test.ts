@@ -1,11 +1,12 @@
 /** The launcher of ranks, as a process, with ranks that train nothing. */
-import { readFileSync } from "node:fs";
+import { mkdtempSync, readFileSync } from "node:fs";
 import { availableParallelism } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { describe, expect, it, vi } from "vitest";
 import type { RankSpec } from "../../src/distributed/environment.js";
-import { type Running, scratch, startScript, stroma } from "./spawn.js";
+import { nativeOrSkip } from "../support/native.js";
+import { jsonLines, nanoConfig, type Running, scratch, start, startScript, stroma } from "./spawn.js";
 
 // Each test starts several processes, one of them several times.
 vi.setConfig({ testTimeout: 180_000 });
@@ -22,7 +23,14 @@ interface Options {
 }
 
 const launched = (args: readonly string[], options: Options = {}, env: Record<string, string> = {}): Running =>
-  startScript(SCRIPT, args, { env: { OMP_NUM_THREADS: "", ...env, FAKE_LAUNCH: JSON.stringify(options) } });
+  startScript(SCRIPT, args, {
+    env: {
+      OMP_NUM_THREADS: "",
+      ...env,
+      FAKE_LAUNCH: JSON.stringify(options),
+      FAKE_FOLDER: mkdtempSync(join(folder, "ranks-")),
+    },
+  });
 
 const linesOf = (text: string): string[] => text.split("\n").filter((line) => line !== "");
 const pidsOf = (text: string): number[] => [...text.matchAll(/pid (\d+)/g)].map(([, pid]) => Number(pid));
@@ -70,6 +78,13 @@ describe("output", () => {
     const { code, stdout } = await launched(["live"]).ended;
     expect(code).toBe(0);
     expect(linesOf(stdout)).toEqual(["shown: [rank 1] while it is live", "[rank 1] and after it"]);
+  });
+});
+
+describe("a terminal", () => {
+  it("shows its cursor again when the rank that hid it is killed", async () => {
+    const { code, stdout } = await launched(["killedLive"], {}, { FAKE_TERMINAL: "1" }).ended;
+    expect([code, stdout]).toEqual([137, "\u001b[?25h\n"]);
   });
 });
 
@@ -245,5 +260,29 @@ describe("stroma train", () => {
     const { code, stdout, stderr } = await stroma(["train", "--json", "--ranks", "3"], { env, cwd: folder });
     expect([code, stdout]).toEqual([2, ""]);
     expect(JSON.parse(stderr)).toMatchObject({ event: "error", code: "CONFIG" });
+  });
+});
+
+describe.skipIf(!nativeOrSkip())("a run alone with --restart", () => {
+  it("goes on from its checkpoint after it was killed, and ends on Ctrl-C as any run", async () => {
+    const run = start([
+      ...["train", "--config", nanoConfig(folder), "--steps", "1000000", "--save-every-n-steps", "5"],
+      ...["--restart", "1", "--json", "--output-dir", join(folder, "killed")],
+    ]);
+    await run.until(/"event":"checkpoint"/);
+    const launcher = run.child.pid!;
+    const children = readFileSync(`/proc/${launcher}/task/${launcher}/children`, "utf8").trim().split(" ");
+    // The compiler of the sources runs beside it.
+    const [rank] = children.filter((child) => readFileSync(`/proc/${child}/cmdline`, "utf8").includes("train"));
+    process.kill(Number(rank), "SIGKILL");
+    await run.until(/"resumedFrom":".*"event":"step"/s);
+    run.child.kill("SIGINT");
+    const { code, stdout, stderr } = await run.ended;
+    expect(code).toBe(130);
+    const [first, second] = jsonLines(stdout).filter((line) => line.event === "start");
+    expect(first).toMatchObject({ step: 0, resumedFrom: null });
+    expect(second!.step).toBeGreaterThanOrEqual(5);
+    expect(stderr).toContain("stroma: the run (process");
+    expect(stderr).toContain(`attempt 2 of 2: from the last checkpoint in ${join(folder, "killed")}\n`);
   });
 });

@@ -3,7 +3,7 @@
  * prints what a test wants to know. FAKE_LAUNCH holds its options.
  */
 import { spawn } from "node:child_process";
-import { mkdirSync } from "node:fs";
+import { existsSync, mkdirSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { launchTraining } from "../../src/cli/launch.js";
 import { rankFromEnvironment } from "../../src/distributed/environment.js";
@@ -16,6 +16,17 @@ const rank = rankFromEnvironment()?.rank ?? 0;
 const sleep = (ms: number) => new Promise<void>((resolve) => setTimeout(resolve, ms));
 const forever = () => setInterval(() => {}, 1000);
 const print = (text: string) => process.stdout.write(`${text}\n`);
+
+const mark = (name: string) => join(process.env.FAKE_FOLDER!, `${attempt}-${name}`);
+const say = (name: string) => writeFileSync(mark(name), "");
+async function heard(name: string): Promise<void> {
+  while (!existsSync(mark(name))) await sleep(10);
+}
+/** Resolves when every rank has come here: processes start at different speeds. */
+async function everyone(): Promise<void> {
+  say(`here-${rank}`);
+  for (let other = 0; other < Number(process.env.WORLD_SIZE); other++) await heard(`here-${other}`);
+}
 
 /** Counts a signal for a while after the first one, then ends. */
 function endOn(signal: "SIGINT" | "SIGTERM", status: number): void {
@@ -48,20 +59,23 @@ const SCENARIOS: Record<string, () => unknown> = {
   async status() {
     endOn("SIGTERM", 0);
     forever();
-    if (rank === 1) setTimeout(() => process.exit(Number(folder)), 300);
+    await everyone();
+    if (rank === 1) process.exit(Number(folder));
   },
 
-  signal() {
+  async signal() {
     endOn("SIGTERM", 0);
     forever();
-    if (rank === 1) setTimeout(() => process.kill(process.pid, "SIGSEGV"), 300);
+    await everyone();
+    if (rank === 1) process.kill(process.pid, "SIGSEGV");
   },
 
-  stubborn() {
+  async stubborn() {
     process.on("SIGTERM", () => {});
     forever();
     print(`pid ${process.pid}`);
-    if (rank === 1) setTimeout(() => process.exit(5), 300);
+    await everyone();
+    if (rank === 1) process.exit(5);
   },
 
   interrupted() {
@@ -97,23 +111,44 @@ const SCENARIOS: Record<string, () => unknown> = {
     process.exit(1);
   },
 
+  async killedLive() {
+    forever();
+    if (rank !== 0) return;
+    await tellLauncher({ stroma: "view", live: true });
+    await sleep(1000);
+    process.kill(process.pid, "SIGKILL");
+  },
+
   /** Rank 0 shows what others write. */
   async live() {
     if (rank === 0) {
-      onLauncherNote((text) => print(`shown: ${text}`));
+      const shown = new Promise<void>((resolve) => {
+        onLauncherNote((text) => {
+          print(`shown: ${text}`);
+          resolve();
+        });
+      });
       await tellLauncher({ stroma: "view", live: true });
-      await sleep(1500);
+      await sleep(1000); // the launcher has it
+      say("live");
+      forever();
+      await shown;
       await tellLauncher({ stroma: "view", live: false });
-    } else {
-      await sleep(700);
-      print("while it is live");
-      await sleep(4000);
-      print("and after it");
+      await sleep(1000);
+      say("still");
+      await heard("written");
+      process.exit(0);
     }
+    await heard("live");
+    print("while it is live");
+    await heard("still");
+    print("and after it");
+    say("written");
   },
 };
 
 if (attempt === undefined) {
+  process.stdout.isTTY = process.env.FAKE_TERMINAL !== undefined;
   const {
     ranks = 2,
     restart = 0,
