@@ -1,6 +1,5 @@
 /** What a rank shows, and what rank 0 and its launcher tell each other. */
 import { onLauncherNote, tellLauncher } from "../distributed/lifeline.js";
-import { StromaError } from "../errors.js";
 import type { TrainEvent } from "../train/events.js";
 import type { TrainerOptions } from "../train/options.js";
 import type { Context } from "./context.js";
@@ -8,15 +7,25 @@ import type { DistributedPlan } from "./launch-plan.js";
 import type { RunsOnce } from "./train.js";
 import type { View } from "./ui/view.js";
 
-/** Joins the other ranks and makes this rank's part of the run. */
+/** How long a rank waits for the others at the start: machines of a cluster begin minutes apart at most. */
+const JOIN_SECONDS = 120;
+
+/** This rank's part of the run; it joins the others when it runs. */
 export async function joinAndTrain(
-  _options: TrainerOptions,
-  { spec }: Extract<DistributedPlan, { mode: "rank" }>,
+  options: TrainerOptions,
+  { spec, timeoutSeconds }: Extract<DistributedPlan, { mode: "rank" }>,
 ): Promise<RunsOnce> {
-  throw new StromaError(
-    "CONFIG",
-    `[cli] training over several ranks needs an engine that has collectives, and this one has none (rank ${spec.rank} of ${spec.size})`,
-  );
+  const { Trainer } = await import("../train/trainer.js");
+  const { rank, size, localSize, address, port, store, prefix } = spec;
+  return new Trainer({
+    ...options,
+    ranks: {
+      ...{ rank, size, localSize, address, port, prefix },
+      serve: store === "host",
+      joinSeconds: JOIN_SECONDS,
+      silenceSeconds: timeoutSeconds,
+    },
+  });
 }
 
 /**

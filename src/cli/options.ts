@@ -376,8 +376,8 @@ export const trainOptions = {
     3,
   ),
   rankTimeout: declare({
-    schema: number((v) => v > 0 && Number.isFinite(v)),
-    expects: "a number of seconds above 0",
+    schema: number((v) => v >= 1 && Number.isFinite(v)),
+    expects: "a number of seconds of at least 1",
     help: "Seconds of silence after which a rank counts as lost",
     group: RANKS,
     default: DEFAULT_RANK_TIMEOUT,

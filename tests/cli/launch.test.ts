@@ -263,18 +263,39 @@ describe("stroma train", () => {
   });
 });
 
-describe.skipIf(!nativeOrSkip())("a run alone with --restart", () => {
-  it("goes on from its checkpoint after it was killed, and ends on Ctrl-C as any run", async () => {
+/** The ranks of a launcher; the compiler of the sources may run beside them. */
+function ranksOf({ child }: Running): number[] {
+  const children = readFileSync(`/proc/${child.pid}/task/${child.pid}/children`, "utf8").trim().split(" ");
+  return children.filter((pid) => readFileSync(`/proc/${pid}/cmdline`, "utf8").includes("train")).map(Number);
+}
+
+describe.skipIf(!nativeOrSkip())("training", () => {
+  it("by two ranks takes the steps of one, to the bit", async () => {
+    const steps = async (name: string, ...more: string[]) => {
+      const output = ["--output-dir", join(folder, name), "--json"];
+      const { code, stdout, stderr } = await stroma([
+        ...["train", "--config", nanoConfig(folder), "--steps", "5", ...output, ...more],
+      ]);
+      expect([code, stderr]).toEqual([0, ""]);
+      return jsonLines(stdout)
+        .filter((line) => line.event === "step")
+        .map(({ step, loss, gradNorm, tokens }) => ({ step, loss, gradNorm, tokens }));
+    };
+    const one = await steps("one");
+    expect(one).toHaveLength(5);
+    expect(await steps("two", "--ranks", "2")).toEqual(one);
+  });
+
+  it.each([1, 2])("by %i: killed, it goes on from the checkpoint, and ends on Ctrl-C as any run", async (n) => {
+    const out = join(folder, `killed-${n}`);
     const run = start([
       ...["train", "--config", nanoConfig(folder), "--steps", "1000000", "--save-every-n-steps", "5"],
-      ...["--restart", "1", "--json", "--output-dir", join(folder, "killed")],
+      ...["--ranks", String(n), "--restart", "1", "--json", "--output-dir", out],
     ]);
     await run.until(/"event":"checkpoint"/);
-    const launcher = run.child.pid!;
-    const children = readFileSync(`/proc/${launcher}/task/${launcher}/children`, "utf8").trim().split(" ");
-    // The compiler of the sources runs beside it.
-    const [rank] = children.filter((child) => readFileSync(`/proc/${child}/cmdline`, "utf8").includes("train"));
-    process.kill(Number(rank), "SIGKILL");
+    const ranks = ranksOf(run);
+    expect(ranks).toHaveLength(n);
+    process.kill(ranks.at(-1)!, "SIGKILL");
     await run.until(/"resumedFrom":".*"event":"step"/s);
     run.child.kill("SIGINT");
     const { code, stdout, stderr } = await run.ended;
@@ -282,7 +303,7 @@ describe.skipIf(!nativeOrSkip())("a run alone with --restart", () => {
     const [first, second] = jsonLines(stdout).filter((line) => line.event === "start");
     expect(first).toMatchObject({ step: 0, resumedFrom: null });
     expect(second!.step).toBeGreaterThanOrEqual(5);
-    expect(stderr).toContain("stroma: the run (process");
-    expect(stderr).toContain(`attempt 2 of 2: from the last checkpoint in ${join(folder, "killed")}\n`);
+    expect(stderr).toMatch(n === 1 ? /^stroma: the run \(process/m : /^stroma: rank 1 \(process/m);
+    expect(stderr).toContain(`attempt 2 of 2: from the last checkpoint in ${out}\n`);
   });
 });
