@@ -1,6 +1,8 @@
 /** `stroma`: parses the command line and runs one command. */
 import { readFileSync } from "node:fs";
 import yargs, { type Argv } from "yargs";
+import { isFirstRank } from "../distributed/environment.js";
+import { followLauncher } from "../distributed/lifeline.js";
 import { StromaError } from "../errors.js";
 import { COMMANDS, type CommandEntry, commandName } from "./commands.js";
 import { EXIT, reportError } from "./errors.js";
@@ -25,12 +27,14 @@ export async function run(argv: readonly string[]): Promise<number> {
     // The parser itself throws this one, past fail().
     const [, lacking] = /^Not enough arguments following: (.+)$/.exec((thrown as Error).message) ?? [];
     const error = lacking === undefined ? thrown : new StromaError("CONFIG", `[cli] --${lacking} takes a value`);
-    return reportError(error, { json, out: process.stdout, err: process.stderr });
+    const out = isFirstRank() ? process.stdout : process.stderr;
+    return reportError(error, { json, out, err: process.stderr });
   }
 }
 
 /** The whole command: also ends the process, since a native thread or a worker may hold it open. */
 export async function main(argv: readonly string[]): Promise<void> {
+  followLauncher();
   // A reader that has gone (`stroma train --json | head`) is no reason for a stack.
   process.stdout.on("error", (error: NodeJS.ErrnoException) => {
     if (error.code !== "EPIPE") throw error;

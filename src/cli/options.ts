@@ -98,6 +98,7 @@ const OPTIMIZER = "Optimizer";
 const OUTPUT = "Output";
 const MACHINE = "Machine";
 const MEMORY = "Memory: how state is stored, and where it lives";
+const RANKS = "Several ranks: processes that train one model together";
 const ALIASES = "By the names of other trainers";
 const SCHEDULES = SCHEDULE_KINDS as unknown as readonly ["constant", "linear", "cosine", "warmupStableDecay"];
 
@@ -106,6 +107,8 @@ type Specs = Readonly<Record<string, OptionSpec>>;
 /** Meant for under five minutes on two cores: 3,616 tokens a step. */
 export const DEMO_STEPS = 1000;
 export const DEMO_PLANETS = 256;
+
+export const DEFAULT_RANK_TIMEOUT = 30;
 
 export const trainOptions = {
   model: declare({
@@ -357,6 +360,30 @@ export const trainOptions = {
     "Order of the work inside a step; the numbers are the same",
     "breadthFirst; --plan auto chooses",
   ),
+  ranks: count(
+    RANKS,
+    1,
+    "Start so many ranks on this machine. Under torchrun, srun or mpirun leave it out: they say it",
+    1,
+    2,
+  ),
+  gpus: count(RANKS, 1, "Train on so many cards of this machine, one rank each (cuda:0 and up)", null, 2),
+  restart: count(
+    RANKS,
+    0,
+    "After a failure start all ranks again, from the last checkpoint, at most so often; waits 1 s, 2 s, 4 s, … at most 60 s",
+    0,
+    3,
+  ),
+  rankTimeout: declare({
+    schema: number((v) => v >= 1 && Number.isFinite(v)),
+    expects: "a number of seconds of at least 1",
+    help: "Seconds of silence after which a rank counts as lost",
+    group: RANKS,
+    default: DEFAULT_RANK_TIMEOUT,
+    example: "60",
+  }),
+  distributed: alias("--gpus with all cards of this machine"),
   use8bitOptimizer: alias("--optimizer adamw8bit"),
   useMixedPrecision: alias("--precision bfloat16"),
   useCpuOffloading: alias("--offload host"),

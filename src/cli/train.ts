@@ -7,15 +7,18 @@ import { StromaError } from "../errors.js";
 import { modelNames } from "../models/registry.js";
 import type { LearningRateSchedule } from "../optim/schedules.js";
 import type { TrainEvent } from "../train/events.js";
-import { mergeOptions, type TrainerOptions } from "../train/options.js";
+import { mergeOptions, resolveOptions, type TrainerOptions } from "../train/options.js";
 import { readConfigFile } from "./config-file.js";
 import { type Context, processContext } from "./context.js";
 import { EXIT } from "./errors.js";
+import { launchTraining } from "./launch.js";
+import { distributedPlan } from "./launch-plan.js";
+import { FirstRankView, joinAndTrain, OtherRankView } from "./launch-rank.js";
 import { checkOptions, kebab, type TrainFlags, trainOptions, yargsOptions } from "./options.js";
 import { makeOutputDir } from "./output-dir.js";
 import { StopSignals } from "./signals.js";
 import { didYouMean } from "./suggest.js";
-import { isLive, JsonView, LiveView, PlainView, QuietView, type View } from "./ui/view.js";
+import { isLive, JsonView, LiveView, type Output, PlainView, QuietView, type View } from "./ui/view.js";
 
 /**
  * What the flags mean to a Trainer. Model and data fall back to the embedded example, unless a saved run names them.
@@ -29,6 +32,11 @@ export function toTrainerOptions(flags: TrainFlags): TrainerOptions {
     validationShare: _share,
     packing: _packing,
     onBadSource: _bad,
+    ranks: _ranks,
+    gpus: _gpus,
+    distributed: _distributed,
+    restart: _restart,
+    rankTimeout: _rankTimeout,
     ...plain
   } = rest;
   const resumes = flags.resume !== undefined && flags.resume !== "auto";
@@ -129,11 +137,19 @@ export async function readFlags(argv: Readonly<Record<string, unknown>>): Promis
   return mergeOptions(file as TrainerOptions, given as TrainerOptions) as TrainFlags;
 }
 
-/** Live on a terminal, lines elsewhere; with --json people read stderr. */
-export function chooseView(json: boolean, { out, err }: Context): View {
-  if (!json) return isLive(out) ? new LiveView(out) : new PlainView(out);
+/** The terminal that a live view would be on; null where there is none. With --json people read stderr. */
+export function liveOutput(json: boolean, { out, err }: Context): Output | null {
+  if (!json) return isLive(out) ? out : null;
   // Both on one terminal would mix: then the objects are what is asked for.
-  return new JsonView(out, isLive(err) && out.isTTY !== true ? new LiveView(err) : new QuietView(err));
+  return isLive(err) && out.isTTY !== true ? err : null;
+}
+
+/** Live on a terminal, lines elsewhere. */
+export function chooseView(json: boolean, context: Context): View {
+  const { out, err } = context;
+  const live = liveOutput(json, context);
+  if (!json) return live === null ? new PlainView(out) : new LiveView(live);
+  return new JsonView(out, live === null ? new QuietView(err) : new LiveView(live));
 }
 
 export interface Finished {
@@ -145,6 +161,8 @@ export interface Finished {
 /** The part of a Trainer that is needed here: tests bring a script of events. */
 export interface RunsOnce {
   run(signal?: AbortSignal): AsyncIterable<TrainEvent>;
+  /** Known once run() gave its first event. */
+  readonly outputDir?: string;
   dispose(): Promise<void>;
 }
 
@@ -193,6 +211,7 @@ export const trainCommand: CommandModule<object, Record<string, unknown>> = {
       )
       .example("$0 train --config train.yaml --seed 7", "options from a file, one of them replaced")
       .example("$0 train --resume --output-dir runs/stars --epochs 4", "go on where it stopped, for longer")
+      .example("$0 train --gpus 2 --restart 3", "two cards; after a failure on from the last checkpoint")
       .example("$0 train --json | jq -c 'select(.event==\"eval\")'", "for programs")
       .epilogue(
         "Ctrl-C finishes the step, saves a checkpoint and ends with status 130; SIGTERM does the same and ends with 0. " +
@@ -201,13 +220,26 @@ export const trainCommand: CommandModule<object, Record<string, unknown>> = {
   handler: async (argv) => {
     const context = processContext();
     const flags = await readFlags(argv);
+    const json = flags.json === true;
+    const plan = distributedPlan(flags, process.env);
     const options = toTrainerOptions(flags);
+    if (plan.mode !== "launch" && plan.device !== undefined) options.device = plan.device;
     if (typeof options.model === "string") checkModelName(options.model);
-    if (options.outputDir !== undefined && flags.resume === undefined) await makeOutputDir(options.outputDir);
-    const view = chooseView(flags.json === true, context);
+    const first = plan.mode !== "rank" || plan.spec.rank === 0;
+    if (plan.mode === "launch" && flags.resume === undefined) resolveOptions(options); // told once, not by every rank
+    if (first && options.outputDir !== undefined && flags.resume === undefined) await makeOutputDir(options.outputDir);
+    if (plan.mode === "launch") {
+      process.exitCode = await launchTraining({ ...plan, restart: flags.restart }, json);
+      return;
+    }
+    let trainer: RunsOnce | undefined;
+    const view = first
+      ? new FirstRankView(chooseView(json, context), liveOutput(json, context) !== null, () => trainer?.outputDir)
+      : new OtherRankView(context);
     const { status } = await follow(async () => {
       const { Trainer } = await import("../train/trainer.js");
-      return new Trainer(options);
+      trainer = plan.mode === "rank" ? await joinAndTrain(options, plan) : new Trainer(options);
+      return trainer;
     }, view);
     process.exitCode = status;
   },
