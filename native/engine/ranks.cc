@@ -33,9 +33,12 @@ constexpr auto kBeat = std::chrono::milliseconds(500);
 
 milliseconds to_ms(double seconds) { return milliseconds(static_cast<int64_t>(seconds * 1e3)); }
 
+// What Gloo and c10d say, without where in their sources they say it and what else they advise.
 std::string first_line(const char* text) {
-  const std::string all = text;
-  return all.substr(0, all.find('\n'));
+  std::string all = text;
+  all = all.substr(0, all.find('\n'));
+  if (all.rfind('[', 0) == 0 && all.find("] ") < 200) all = all.substr(all.find("] ") + 2);
+  return all.substr(0, all.find(". This is typically"));
 }
 
 std::string host_name() {
