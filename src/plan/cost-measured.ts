@@ -11,6 +11,7 @@ import type { MachineProfile } from "./profiles.js";
 import {
   type Curve,
   formatKey,
+  type MEASURED_OPS,
   type MeasuredOp,
   type MeasuredRates,
   type OperatorRates,
@@ -20,8 +21,11 @@ import {
 } from "./rates.js";
 import type { RetainedDType, StateFormat } from "./types.js";
 
+/** Timed by their sizes, not by a curve of elements. */
+type Product = "linear" | "matmul" | "scaledDotProductAttention" | "crossEntropyHead";
+type Own = (typeof MEASURED_OPS)[number];
 /** What is timed by another op's curve, because the same kind of loop runs. */
-const LIKE: Partial<Record<OpName, OpName>> = {
+const LIKE: Record<Exclude<OpName, Own | Product>, Own> = {
   sub: "add",
   subScalar: "addScalar",
   divScalar: "mulScalar",
@@ -66,7 +70,7 @@ const LIKE: Partial<Record<OpName, OpName>> = {
 
 /** The innermost dim of a head or of half of one: below this a loop's start is felt. */
 const SHORT_ROW = 128;
-const ROWS: Partial<Record<OpName, MeasuredOp>> = {
+const ROWS: Partial<Record<Own, MeasuredOp>> = {
   mul: "mul rows",
   add: "add rows",
   neg: "neg rows",
@@ -116,7 +120,7 @@ export class MeasuredTimes implements Times {
         return plus(
           x.grad ? this.product(call, "inputGradient") : none,
           weight.grad ? this.product(call, "weightGradient") : none,
-          bias?.grad ? moving(onCurve(this.known("sum leading").forward, out.elements)) : none,
+          bias?.grad ? moving(onCurve(this.rates.operators["sum leading"].forward, out.elements)) : none,
         );
       }
       case "scaledDotProductAttention":
@@ -136,7 +140,10 @@ export class MeasuredTimes implements Times {
       seconds += each;
       // What was stretched is summed back: over rows where its last dim was whole, else along them.
       if (broadcasts(call) && t.elements < out.elements)
-        seconds += onCurve(this.known(t.shape.at(-1) === out.shape.at(-1) ? "sum leading" : "sum").forward, count);
+        seconds += onCurve(
+          this.rates.operators[t.shape.at(-1) === out.shape.at(-1) ? "sum leading" : "sum"].forward,
+          count,
+        );
     }
     return { seconds, memorySeconds: seconds, flops: 2 * call.flops };
   }
@@ -156,7 +163,7 @@ export class MeasuredTimes implements Times {
       const uses = new Map<SizedValue, number>();
       for (const call of calls)
         if (call.out.grad) for (const t of call.tensors) if (t.grad) uses.set(t, (uses.get(t) ?? 0) + 1);
-      const add = this.known("add").forward;
+      const add = this.rates.operators.add.forward;
       for (const [value, n] of uses) seconds += (n - 1) * onCurve(add, value.elements);
     }
     return moving(seconds);
@@ -244,13 +251,9 @@ export class MeasuredTimes implements Times {
   }
 
   private operator({ op, out }: SizedCall): OperatorRates {
-    const rows = out.shape.length > 3 && (out.shape.at(-1) ?? 0) <= SHORT_ROW ? ROWS[LIKE[op] ?? op] : undefined;
-    return this.known(rows ?? op);
-  }
-
-  private known(op: MeasuredOp): OperatorRates {
-    const { operators } = this.rates;
-    return operators[op] ?? operators[LIKE[op as OpName] ?? "mul"] ?? operators.mul!;
+    const own = op in LIKE ? LIKE[op as keyof typeof LIKE] : (op as Own);
+    const short = out.shape.length > 3 && (out.shape.at(-1) ?? 0) <= SHORT_ROW;
+    return this.rates.operators[(short ? ROWS[own] : undefined) ?? own];
   }
 }
 

@@ -1,6 +1,6 @@
 /**
  * The tables of a machine's profile (rates.ts): each kind of work is run at a few sizes through the eager operators, hence
- * the kernels that training runs, and the median of its times is kept: what a step meets, not what it meets at best.
+ * the kernels that training runs.
  */
 import { type OpName, schemas } from "../graph/schemas.js";
 import { callOp, enableGrad, grad, noGrad, scope, type Tensor, trusted } from "../tensor/index.js";
@@ -16,64 +16,38 @@ import {
 import type { StateFormat } from "./types.js";
 
 /** A few seconds for each of operators, products, attention and memory. Needs the addon. */
-const lap = (what: string) =>
-  process.env.LAP &&
-  console.log(what, (performance.now() / 1e3).toFixed(1), (process.cpuUsage().user / 1e6).toFixed(1));
 export function measureRates(): MeasuredRates {
   return trusted(() =>
-    noGrad(() => {
-      lap("start");
-      const float32 = products("float32", [1, 16, 64, 256, 1024], [64, 256, 1024, 2048]);
-      lap("f32");
-      const bfloat16 = products("bfloat16", [16, 256], [64, 512]);
-      lap("bf16");
-      const float64 = products("float64", [16, 256], [64, 512]);
-      lap("f64");
-      const ops = operators();
-      lap("ops");
-      const att = { causal: attention(true), masked: attention(false) };
-      lap("attention");
-      const lg = logits();
-      lap("logits");
-      const eg = embeddingGradient();
-      lap("emb");
-      const st = streams();
-      lap("streams");
-      const up = updates();
-      lap("updates");
-      return {
-        products: { float32, bfloat16, float64 },
-        operators: ops,
-        attention: att,
-        logits: lg,
-        embeddingGradient: eg,
-        ...st,
-        update: up,
-      };
-    }),
+    noGrad(() => ({
+      products: {
+        float32: products("float32", [1, 16, 64, 256, 1024], [64, 256, 1024, 2048]),
+        bfloat16: products("bfloat16", [16, 256], [64, 512]),
+        float64: products("float64", [16, 256], [64, 512]),
+      },
+      operators: operators(),
+      attention: { causal: attention(true), masked: attention(false) },
+      logits: logits(),
+      embeddingGradient: embeddingGradient(),
+      ...streams(),
+      update: updates(),
+    })),
   );
 }
 
-const cpu = process.env.ZZ_CPU === "1";
-const now = () => {
-  if (!cpu) return performance.now();
-  const { user, system } = process.cpuUsage();
-  return (user + system) / 1e3;
-};
 /**
  * Seconds of a call: the lower quartile of as many as fit into `budget` seconds, after one that warms up. Above it lie the
  * calls that something else on the machine cut into, which a step of many calls averages over.
  */
 export function seconds(work: () => void, budget = 0.01): number {
   const once = (times: number): number => {
-    const begin = now();
+    const begin = performance.now();
     for (let i = 0; i < times; i++) work();
-    return (now() - begin) / 1e3 / times;
+    return (performance.now() - begin) / 1e3 / times;
   };
   once(1);
   const first = once(1);
   // What takes microseconds is timed several at a time.
-  const times = Math.max(1, Math.round((cpu ? 1e-3 : 1e-4) / Math.max(first, 1e-6)));
+  const times = Math.max(1, Math.round(1e-4 / Math.max(first, 1e-6)));
   const rounds = Math.min(25, Math.max(1, Math.round(budget / (first * times))));
   const all = [first, ...Array.from({ length: rounds }, () => once(times))].sort((a, b) => a - b);
   return all[all.length >> 2]!;
@@ -146,7 +120,7 @@ const heads = (n: number): Tensor => {
 };
 const bool = (n: number): Tensor => full(shaped(n), "bool", 1);
 
-const CASES: Partial<Record<MeasuredOp, (n: number) => Case>> = {
+const CASES: Record<MeasuredOp, (n: number) => Case> = {
   add: (n) => plain("add", n, full(shaped(n))),
   mul: (n) => plain("mul", n, full(shaped(n))),
   div: (n) => plain("div", n, full(shaped(n))),
@@ -228,7 +202,7 @@ const CASES: Partial<Record<MeasuredOp, (n: number) => Case>> = {
 function operators(): MeasuredRates["operators"] {
   /** What asking for a gradient costs, whatever is derived. */
   const asking = scope(() => enableGrad(() => backwardSeconds(plain("view", 64, [64]))));
-  const result: MeasuredRates["operators"] = {};
+  const result: Partial<MeasuredRates["operators"]> = {};
   for (const [op, build] of Object.entries(CASES) as [MeasuredOp, (n: number) => Case][]) {
     const forward: [number, number][] = [];
     const backward: [number, number][] = [];
@@ -246,7 +220,7 @@ function operators(): MeasuredRates["operators"] {
     }
     result[op] = { forward, recorded, backward: backward.length > 0 ? backward : [[1, 0]] } satisfies OperatorRates;
   }
-  return result;
+  return result as MeasuredRates["operators"];
 }
 /** What autograd takes to come to an operation and go on, in seconds: a node that does nothing, measured in C++. */
 const NODE = 1e-6;

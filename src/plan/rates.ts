@@ -66,14 +66,52 @@ export interface OperatorRates {
 }
 
 /**
- * What stands for ops: themselves, or what runs the same loop. In "rows" the innermost loop is a head's half or whole (a
- * rotation on transposed views) and threads and vectors have little to work on.
+ * Operators that have a curve of their own. In "rows" the innermost loop is a head's half or whole (a rotation on transposed
+ * views), and threads and vectors have little to work on; "sum leading" sums over rows, "sum" along them.
  */
-export type MeasuredOp = OpName | "mul rows" | "add rows" | "neg rows" | "cat rows" | "slice rows" | "sum leading";
+export const MEASURED_OPS = [
+  "add",
+  "mul",
+  "div",
+  "addScalar",
+  "mulScalar",
+  "powScalar",
+  "neg",
+  "exp",
+  "cos",
+  "tanh",
+  "rsqrt",
+  "reciprocal",
+  "relu",
+  "silu",
+  "gelu",
+  "softmax",
+  "layerNorm",
+  "sum",
+  "cumsum",
+  "to",
+  "view",
+  "slice",
+  "cat",
+  "where",
+  "eq",
+  "logicalAnd",
+  "newOnes",
+  "embedding",
+  "dropout",
+] as const satisfies readonly OpName[];
+export type MeasuredOp =
+  | (typeof MEASURED_OPS)[number]
+  | "mul rows"
+  | "add rows"
+  | "neg rows"
+  | "cat rows"
+  | "slice rows"
+  | "sum leading";
 
 export interface MeasuredRates {
   products: { float32: ProductRates; bfloat16: ProductRates; float64: ProductRates };
-  operators: Partial<Record<MeasuredOp, OperatorRates>>;
+  operators: Record<MeasuredOp, OperatorRates>;
   /** Of one head of one row of the batch: grids over tokens and head dim. */
   attention: Record<"causal" | "masked", { forward: Grid; backward: Grid }>;
   /** By logits at hand: log-softmax, loss, and the gradient of the logits; without the products. */
