@@ -122,7 +122,7 @@ async function row({ dim, layers, vocab, B, T, microBatches, home, state, policy
   const predicted = simulate(graph, run.tape, profile);
   const peak = tapePeaks(graph, run.tape, "cpu").deviceBytes;
   const [timeError, peakError] = [predicted.seconds / seconds - 1, peak / peakDeviceBytes - 1].map((e) => e * 100);
-  return {
+  const found = {
     shape:
       `${dim} x ${layers}, ${vocab}; ${microBatches} of ${B} x ${T}; ${policy.schedule}, recompute ${policy.recompute}, ` +
       `${home}, ${state.storage} ${state.masterWeight} ${state.optimizer}`,
@@ -133,6 +133,8 @@ async function row({ dim, layers, vocab, B, T, microBatches, home, state, policy
     peakDeviceBytes,
     peakErrorPercent: peakError!,
   };
+  console.error(`${found.shape}: ${(predicted.seconds * 1e3).toFixed(0)} / ${(seconds * 1e3).toFixed(0)} ms`);
+  return found;
 }
 type Row = Awaited<ReturnType<typeof row>>;
 const rows: Row[] = [];
