@@ -118,7 +118,11 @@ async function compare(setting: Setting, sim: SimDeviceOptions, depthFirst: bool
 }
 
 /** Resident seconds / offloaded seconds of astro-13b on the card, as the planner expects them. */
-function expectedOfCard({ state, T, microBatches }: Setting): Pick<Record<Schedule, number>, "breadthFirst" | "depthFirst"> {
+function expectedOfCard({
+  state,
+  T,
+  microBatches,
+}: Setting): Pick<Record<Schedule, number>, "breadthFirst" | "depthFirst"> {
   const graph = findModel("astro-13b").graph({ mode: "train", dtype: "bfloat16" });
   const setting = { graph, vocabSize: 0, state, T, microBatches, rounds: 0 };
   const seconds = (schedule: Schedule, home: "device" | "host"): number =>
