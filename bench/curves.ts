@@ -2,7 +2,9 @@
  * Training curves of the ways to store parameters and moments: the same small model, data, order and draws, only the
  * storage differs. Held-out loss (nats a token) after so many steps, and how far the last training losses are apart.
  *
- *   npm run bench -- curves [--steps 2000] [--seeds 1] [--json]
+ *   npm run bench -- curves [--steps 2000] [--seeds 1] [--modes "bfloat16 alone"] [--json]
+ *
+ * --modes: only those whose name holds the text.
  */
 import { parseArgs } from "node:util";
 import { openDataset } from "../src/data/index.js";
@@ -21,6 +23,7 @@ const { values } = parseArgs({
   options: {
     steps: { type: "string", default: "2000" },
     seeds: { type: "string", default: "1" },
+    modes: { type: "string", default: "" },
     json: { type: "boolean", default: false },
   },
 });
@@ -47,11 +50,14 @@ const modes: Record<string, StateFormat> = {
   "bfloat16 alone, adamw": { storage: "bfloat16", masterWeight: "none", optimizer: "adamw" },
   "bfloat16 alone, adamw8bit": { storage: "bfloat16", masterWeight: "none", optimizer: "adamw8bit" },
 };
+const chosen = Object.entries(modes).filter(([mode]) => mode.includes(values.modes));
+if (chosen.length === 0)
+  throw new Error(`no mode holds ${JSON.stringify(values.modes)}: ${Object.keys(modes).join("; ")}`);
 const marks = [0.25, 0.5, 1].map((share) => Math.round(steps * share));
 const rows: { mode: string; seed: number; heldOut: number[]; stateBytes: number }[] = [];
 const dataset = await openDataset("planets");
 for (let seed = 1; seed <= Number(values.seeds); seed++) {
-  for (const [mode, state] of Object.entries(modes)) {
+  for (const [mode, state] of chosen) {
     const session = loadAddon().createSession({
       device: "cpu",
       dtype: "float32",
@@ -93,7 +99,8 @@ for (let seed = 1; seed <= Number(values.seeds); seed++) {
 }
 const of = (mode: string) => rows.filter((r) => r.mode === mode).map((r) => r.heldOut.at(-1)!);
 const mean = (list: number[]) => list.reduce((a, b) => a + b, 0) / list.length;
-const ratio = mean(of("bfloat16 alone, adamw8bit")) / mean(of("float32, adamw"));
+const [narrow, wide] = [of("bfloat16 alone, adamw8bit"), of("float32, adamw")];
+const ratio = narrow.length > 0 && wide.length > 0 ? mean(narrow) / mean(wide) : null;
 console.log(
   JSON.stringify({
     name: "curves",

@@ -1,55 +1,36 @@
 /**
- * Seconds of an instruction on a machine: each operator takes the longer of its arithmetic and of the bytes that it moves
- * (a roofline), with at least the time of a launch.
+ * Seconds of an instruction on a machine, from its block's operators: each by what the machine's profile knows of its kind, in
+ * tables (cost-measured.ts) where the machine has been measured, else by large rates alone (cost-roofline.ts).
  */
-import type { OpName } from "../graph/schemas.js";
 import type { Graph } from "../graph/types.js";
-import { type SizedCall, sizedProgram } from "./cost-calls.js";
+import { sizedProgram } from "./cost-calls.js";
+import { MeasuredTimes } from "./cost-measured.js";
+import { Roofline } from "./cost-roofline.js";
+import { type BlockSizes, type Cost, none, plus, type Times } from "./cost-times.js";
 import { type BlockLayout, blockLayouts } from "./layout.js";
-import { type GemmRate, type MachineProfile, RANK_LINK } from "./profiles.js";
+import { type MachineProfile, RANK_LINK } from "./profiles.js";
 import type { Instruction, Tape } from "./types.js";
 import { queueOf } from "./waits.js";
 
-export interface Cost {
-  seconds: number;
-  /** Of those, seconds in which memory is the limit, not arithmetic. */
-  memorySeconds: number;
-  flops: number;
-}
-
-const VIEWS: ReadonlySet<OpName> = new Set([
-  "view",
-  "reshape",
-  "transpose",
-  "permute",
-  "unsqueeze",
-  "squeeze",
-  "expand",
-  "slice",
-  "select",
-  "contiguous",
-]);
+export type { Cost } from "./cost-times.js";
 
 interface PassCost {
+  /** Without autograd, and with. */
   forward: Cost;
+  recorded: Cost;
   /** Without the forward that a recompute runs before it. */
   backward: Cost;
   /** Forward and backward of a head, whose gradients are made with the logits at hand. */
   turn: Cost;
+  /** Bytes that one backward passes through, without the block's parameters. */
+  bytes: number;
 }
-
-const add = (a: Cost, b: Cost): Cost => ({
-  seconds: a.seconds + b.seconds,
-  memorySeconds: a.memorySeconds + b.memorySeconds,
-  flops: a.flops + b.flops,
-});
-const none: Cost = { seconds: 0, memorySeconds: 0, flops: 0 };
 
 /** Costs of every instruction of tapes of one graph on one machine. `dims`: sizes of a device micro-batch. */
 export class CostModel {
   readonly layouts: BlockLayout[];
   private readonly passes = new Map<number, PassCost>();
-  private readonly rate: GemmRate;
+  private readonly times: Times;
 
   constructor(
     private readonly graph: Graph,
@@ -59,7 +40,8 @@ export class CostModel {
   ) {
     this.layouts = blockLayouts(graph, tape.state);
     const dtype = graph.dtype ?? "float32";
-    this.rate = profile.gemm[dtype === "bfloat16" || dtype === "float64" ? dtype : "float32"];
+    const { measured } = profile;
+    this.times = measured === undefined ? new Roofline(profile, dtype) : new MeasuredTimes(measured, profile, dtype);
   }
 
   of(i: Instruction): Cost {
@@ -68,20 +50,21 @@ export class CostModel {
   }
 
   private work(i: Instruction): Cost {
+    const { times } = this;
     switch (i.op) {
       case "forward":
-        return this.pass(i.block).forward;
+        return i.keep ? this.pass(i.block).recorded : this.pass(i.block).forward;
       case "turn":
-        return add(this.pass(i.block).turn, this.sum(i.block, i.first));
+        return plus(this.pass(i.block).turn, times.sum(this.sizes(i.block), i.first));
       case "backward": {
-        const { forward, backward } = this.pass(i.block);
-        const ran = this.tape.recompute === "all" ? add(forward, backward) : backward;
-        return add(ran, this.sum(i.block, i.first));
+        const { recorded, backward } = this.pass(i.block);
+        const sum = times.sum(this.sizes(i.block), i.first);
+        return this.tape.recompute === "all" ? plus(recorded, backward, sum) : plus(backward, sum);
       }
       case "cast":
-        return this.bytes(this.layouts[i.block]!.paramBytes + this.layouts[i.block]!.computeBytes);
+        return times.cast(this.sizes(i.block));
       case "norm":
-        return this.bytes(this.trainable(i.block) * 4 * (1 + 2 * Math.max(0, i.sums.length - 1)));
+        return times.norm(this.sizes(i.block), i.sums.length);
       case "report":
       case "agree":
       case "coefficient":
@@ -94,11 +77,12 @@ export class CostModel {
           flops: 0,
         };
       case "pack":
-        return this.bytes(this.trainable(i.block) * 4 + this.layouts[i.block]!.retainedBytes(i.dtype));
+        return times.pack(this.sizes(i.block), i.dtype, this.layouts[i.block]!.retainedBytes(i.dtype));
       case "update": {
         const layout = this.layouts[i.block]!;
-        const grad = i.from === "retained" ? layout.retainedBytes(i.dtype) : this.trainable(i.block) * 4;
-        return this.bytes(grad + 2 * (layout.trainableBytes + layout.stateBytes));
+        const retained = i.from === "retained" ? i.dtype : null;
+        const gradient = retained === null ? total(layout.trainable) * 4 : layout.retainedBytes(retained);
+        return times.update(this.sizes(i.block), this.tape.state, retained, gradient);
       }
       case "copy": {
         const { profile } = this;
@@ -113,20 +97,19 @@ export class CostModel {
     }
   }
 
-  private trainable(block: number): number {
-    return this.layouts[block]!.trainable.reduce((sum, n) => sum + n, 0);
-  }
-
-  private bytes(n: number): Cost {
-    const seconds = n / this.profile.deviceMemory;
-    return { seconds, memorySeconds: seconds, flops: 0 };
-  }
-
-  /** Gradients into the fp32 sums: read, and read and written; the first overwrites. */
-  private sum(block: number, first: boolean): Cost {
-    const elements = this.layouts[block]!.used.reduce((sum, n) => sum + n, 0);
-    const gradient = this.graph.dtype === "bfloat16" ? 2 : 4;
-    return this.bytes(elements * (gradient + (first ? 4 : 8)));
+  private sizes(block: number): BlockSizes {
+    const layout = this.layouts[block]!;
+    const gradientBytes = this.graph.dtype === "bfloat16" ? 2 : 4;
+    return {
+      used: layout.used,
+      trainable: layout.trainable,
+      paramBytes: layout.paramBytes,
+      computeBytes: layout.computeBytes,
+      stateBytes: layout.stateBytes,
+      trainableBytes: layout.trainableBytes,
+      workingBytes: total(layout.used) * (4 + 2 * gradientBytes) + this.pass(block).bytes,
+      gradientBytes,
+    };
   }
 
   private pass(block: number): PassCost {
@@ -134,46 +117,32 @@ export class CostModel {
     const { program } = this.graph.blocks[block]!;
     let found = this.passes.get(program);
     if (found !== undefined) return found;
-    let [forward, backward, turn] = [none, none, none];
-    for (const call of sizedProgram(this.graph, block, this.dims).calls) {
-      const once = this.call(call, 1, 1);
-      forward = add(forward, once);
-      turn = add(turn, once);
-      if (!call.out.grad) continue;
-      if (call.op === "crossEntropyHead") {
-        // Two more products, and the softmax's gradient over logits in fp32.
-        turn = add(turn, this.call(call, 2, 1));
+    const { times } = this;
+    const sized = sizedProgram(this.graph, block, this.dims);
+    const [there, back] = [times.beside(sized, "forward"), times.beside(sized, "backward")];
+    const costs = { forward: [there], recorded: [there], backward: [back], turn: [back] };
+    for (const call of sized.calls) {
+      costs.forward.push(times.forward(call, false));
+      const recorded = times.forward(call, true);
+      costs.recorded.push(recorded);
+      if (call.op === "crossEntropyHead" && call.out.grad) {
+        costs.turn.push(times.head(call));
         continue;
       }
-      const after = this.call(call, 2, call.op === "linear" || call.op === "matmul" ? 2 : 1.5);
-      backward = add(backward, after);
-      turn = add(turn, after);
+      const after = call.out.grad ? times.backward(call) : none;
+      costs.backward.push(after);
+      costs.turn.push(recorded, after);
     }
-    found = { forward, backward, turn };
+    found = {
+      forward: plus(...costs.forward),
+      recorded: plus(...costs.recorded),
+      backward: plus(...costs.backward),
+      turn: plus(...costs.turn),
+      bytes: sized.calls.reduce((n, call) => n + call.out.bytes, 0),
+    };
     this.passes.set(program, found);
     return found;
   }
-
-  private call(call: SizedCall, arithmetic: number, traffic: number): Cost {
-    const { op, out, tensors } = call;
-    if (VIEWS.has(op)) return none;
-    const { profile, rate } = this;
-    const rows = op === "crossEntropyHead" ? tensors[0]!.shape[0]! : out.elements / (out.shape.at(-1) ?? 1);
-    const matrix = rate.flops * (rows / (rows + rate.halfRows));
-    const flops = call.flops * arithmetic;
-    const speed =
-      op === "scaledDotProductAttention"
-        ? rate.flops * profile.attention
-        : op === "linear" || op === "matmul" || op === "crossEntropyHead"
-          ? matrix
-          : Number.POSITIVE_INFINITY;
-    let moved = out.bytes;
-    // A gather reads the rows that it takes.
-    for (const t of tensors)
-      moved += op === "embedding" || op === "indexSelect" ? Math.min(t.bytes, out.bytes) : t.bytes;
-    if (op === "crossEntropyHead") moved += (tensors[0]!.shape[0]! * tensors[1]!.shape[0]! * 16) / traffic;
-    const memory = (moved * traffic) / profile.deviceMemory;
-    const seconds = Math.max(flops / speed, memory, profile.operatorSeconds);
-    return { seconds, memorySeconds: memory >= flops / speed ? seconds : 0, flops };
-  }
 }
+
+const total = (list: readonly number[]): number => list.reduce((sum, n) => sum + n, 0);

@@ -5,6 +5,7 @@
 import { closeSync, constants, fsyncSync, mkdirSync, openSync, readSync, rmSync, writeSync } from "node:fs";
 import { join } from "node:path";
 import { callOp, getNumThreads, noGrad, scope, type Tensor } from "../tensor/index.js";
+import { measureRates } from "./measure-rates.js";
 import { measuredFile, storeMeasured } from "./measured.js";
 import { findProfile, type GemmRate, type MachineProfile } from "./profiles.js";
 
@@ -23,6 +24,7 @@ export function measureMachine(): MachineProfile {
     deviceToHost: deviceMemory / 2,
     ...disk,
     threads: getNumThreads(),
+    measured: measureRates(),
   };
   storeMeasured(profile);
   return profile;

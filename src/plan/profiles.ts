@@ -3,6 +3,7 @@
  * number stands beside them. Named profiles are for planning without the machine; `measureMachine` (measure.ts) times one.
  */
 import { StromaError } from "../errors.js";
+import type { MeasuredRates } from "./rates.js";
 
 export interface GemmRate {
   /** Floating-point operations a second of a large product. */
@@ -32,6 +33,8 @@ export interface MachineProfile {
   copySeconds: number;
   /** Intra-op threads; 0 where that is not a matter. */
   threads: number;
+  /** Tables of everything, where the machine has been measured; without them the rates above are all that is known. */
+  measured?: MeasuredRates;
 }
 
 /** Two processes of one machine over loopback TCP, or machines on 40 Gbit/s Ethernet. */

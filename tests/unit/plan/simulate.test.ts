@@ -88,7 +88,7 @@ describe("the simulation", () => {
     expect([...result.start]).toEqual([0, 0, 3, 3, 4, 0, 6, 4]);
     expect([...result.end]).toEqual([3, 1, 4, 4, 6, 1, 8, 5]);
     expect(result.seconds).toBe(8);
-    expect(result.busySeconds).toEqual({ compute: 3, in: 4, out: 2, load: 1, save: 2 });
+    expect(result.busySeconds).toEqual({ compute: 3, in: 4, out: 2, load: 1, save: 2, send: 0, receive: 0 });
     expect(result).toMatchObject({ bytesToDevice: 400, bytesFromDevice: 100, bytesLoaded: 10, bytesSaved: 10 });
     // Boundaries are no state.
     expect(result).toMatchObject({ stateBytesToDevice: 400, stateBytesFromDevice: 0 });
