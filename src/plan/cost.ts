@@ -32,7 +32,9 @@ const VIEWS: ReadonlySet<OpName> = new Set([
 
 interface PassCost {
   forward: Cost;
-  /** Without the forward that a recompute runs before it. */
+  /** The forward that a backward runs before it: all of it, or without what was kept. */
+  again: Cost;
+  /** Without that. */
   backward: Cost;
   /** Forward and backward of a head, whose gradients are made with the logits at hand. */
   turn: Cost;
@@ -53,7 +55,7 @@ export class CostModel {
 
   constructor(
     private readonly graph: Graph,
-    private readonly tape: Pick<Tape, "state" | "recompute">,
+    private readonly tape: Pick<Tape, "state" | "recompute" | "kept">,
     private readonly dims: Readonly<Record<string, number>>,
     private readonly profile: MachineProfile,
   ) {
@@ -74,9 +76,8 @@ export class CostModel {
       case "turn":
         return add(this.pass(i.block).turn, this.sum(i.block, i.first));
       case "backward": {
-        const { forward, backward } = this.pass(i.block);
-        const ran = this.tape.recompute === "all" ? add(forward, backward) : backward;
-        return add(ran, this.sum(i.block, i.first));
+        const { again, backward } = this.pass(i.block);
+        return add(add(again, backward), this.sum(i.block, i.first));
       }
       case "cast":
         return this.bytes(this.layouts[i.block]!.paramBytes + this.layouts[i.block]!.computeBytes);
@@ -134,10 +135,13 @@ export class CostModel {
     const { program } = this.graph.blocks[block]!;
     let found = this.passes.get(program);
     if (found !== undefined) return found;
-    let [forward, backward, turn] = [none, none, none];
+    const { recompute, kept } = this.tape;
+    const known = new Set([...(kept?.values[program] ?? []), ...(kept?.shapes[program] ?? [])]);
+    let [forward, again, backward, turn] = [none, none, none, none];
     for (const call of sizedProgram(this.graph, block, this.dims).calls) {
       const once = this.call(call, 1, 1);
       forward = add(forward, once);
+      if (recompute !== "none" && !known.has(call.out.id)) again = add(again, once);
       turn = add(turn, once);
       if (!call.out.grad) continue;
       if (call.op === "crossEntropyHead") {
@@ -149,7 +153,7 @@ export class CostModel {
       backward = add(backward, after);
       turn = add(turn, after);
     }
-    found = { forward, backward, turn };
+    found = { forward, again, backward, turn };
     this.passes.set(program, found);
     return found;
   }
