@@ -416,6 +416,30 @@ engine::StateFormat decode_format(const Fields& fields) {
       choice<bool>(fields, "optimizer", {{"adamw", false}, {"adamw8bit", true}})};
 }
 
+// Absent but for recompute "selective".
+std::optional<engine::KeptValues> decode_kept(const Napi::Value& value, const std::string& where) {
+  if (value.IsUndefined()) return std::nullopt;
+  const Fields fields(value, where);
+  engine::KeptValues kept;
+  const auto ids = [&](const char* name) {
+    return map_array(fields.array(name), fields.path(name), [](const Napi::Value& v, const std::string& at) {
+      return map_array(array_of(v, at), at, [](const Napi::Value& id, const std::string& where) {
+        return static_cast<int>(integer_of(id, where));
+      });
+    });
+  };
+  kept.values = ids("values");
+  kept.shapes = ids("shapes");
+  if (!fields.at("kernels").IsObject()) refuse(fields.path("kernels"), "an object");
+  const Napi::Object kernels = fields.at("kernels").As<Napi::Object>();
+  const Napi::Array names = kernels.GetPropertyNames();
+  for (uint32_t i = 0; i < names.Length(); ++i) {
+    const std::string op = names.Get(i).ToString().Utf8Value(), at = fields.path("kernels") + "." + op;
+    kept.kernels.emplace_back(op, map_array(array_of(kernels.Get(op), at), at, text_of));
+  }
+  return kept;
+}
+
 engine::Placement decode_placement(const Napi::Value& value, const std::string& where) {
   const Fields fields(value, where);
   const Fields arenas(fields.at("arenas"), fields.path("arenas"));
@@ -466,6 +490,7 @@ std::shared_ptr<const engine::Tape> decode_tape(const Napi::Value& value) {
   tape->instructions = map_array(fields.array("instructions"), "tape.instructions", decode_instruction);
   for (const auto& i : tape->instructions)
     if (i.queued()) tape->has_copies = true;
+  tape->kept = decode_kept(value.As<Napi::Object>().Get("kept"), "tape.kept");
   return tape;
 }
 

@@ -262,14 +262,16 @@ void Executor::execute(Step& step, const Instruction& at) {
   }
   switch (at.op) {
     case Op::kForward: {
-      Kept ran = forward(step, at, at.keep);
+      const Run how = forward_of(step, at);
+      Kept ran = forward(step, at, how);
       record_loss(step, at, ran);
       store_outputs(step, at, ran);
-      if (at.keep) step.kept[{at.block, at.micro_batch}] = std::move(ran);
+      if (how == Run::kKeep) ran.inputs = ran.parameters = ran.outputs = {};
+      if (how != Run::kPlain) step.kept[{at.block, at.micro_batch}] = std::move(ran);
       break;
     }
     case Op::kTurn: {
-      const Kept ran = forward(step, at, true);
+      const Kept ran = forward(step, at, Run::kGraph);
       record_loss(step, at, ran);
       if (step.result.finite) backward(step, at, ran);
       break;
@@ -277,10 +279,11 @@ void Executor::execute(Step& step, const Instruction& at) {
     case Op::kBackward: {
       const auto kept = step.kept.find({at.block, at.micro_batch});
       if (kept == step.kept.end()) {
-        backward(step, at, forward(step, at, true));
+        backward(step, at, forward(step, at, Run::kGraph));
       } else {
-        const Kept ran = std::move(kept->second);
+        Kept ran = std::move(kept->second);
         step.kept.erase(kept);
+        if (!ran.results.empty()) ran = forward(step, at, Run::kReplay, std::move(ran.results));
         backward(step, at, ran);
       }
       break;
@@ -413,6 +416,7 @@ StepResult Executor::step(const StepRequest& request, const std::atomic<bool>& c
     if (request.flush) prepare(*request.flush);
     // Another schedule may keep gradients elsewhere.
     flush();
+    selection_ = tape.kept.has_value() ? select(*tape.kept, train_->programs) : Selection{};
     prepared_ = request.tape;
   }
   const double begin = steady_seconds();

@@ -10,6 +10,7 @@
 #include <optional>
 
 #include "engine/copies.h"
+#include "engine/kept.h"
 #include "engine/program.h"
 #include "engine/state.h"
 
@@ -93,7 +94,10 @@ class Executor {
   // What one pass of a block over a micro-batch holds until its backward.
   struct Kept {
     std::vector<at::Tensor> inputs, parameters, outputs;
+    KeptResults results;
   };
+  // plain: without autograd. graph: with it. keep, replay: recompute "selective", see kept.h.
+  enum class Run : uint8_t { kPlain, kGraph, kKeep, kReplay };
   // Gradients retained for the next step's forward, and the closed record of their step.
   struct Pending {
     bool valid = false;
@@ -109,7 +113,8 @@ class Executor {
   DimValues bind(const Graph& graph, const Batch& batch, const std::string& where) const;
   int64_t count(const LossTerm& term, const Batch& batch) const;
   std::vector<at::Tensor> run_block(const LoadedGraph& loaded, int block, std::vector<at::Tensor> inputs,
-                                    const std::vector<at::Tensor>& parameters, const DimValues& dims) const;
+                                    const std::vector<at::Tensor>& parameters, const DimValues& dims,
+                                    Keeper* keeper = nullptr) const;
   at::Tensor flat_parameters(int owner) const;
   // With ranks (exchange.cc).
   void report(Step& step);
@@ -129,7 +134,8 @@ class Executor {
   void put(Step& step, int index, const at::Tensor& value) const;
   std::vector<at::Tensor> parameters_at(const Step& step, const Instruction& at) const;
   std::vector<at::Tensor> block_inputs(Step& step, const Instruction& at) const;
-  Kept forward(Step& step, const Instruction& at, bool with_grad);
+  Run forward_of(const Step& step, const Instruction& at) const;
+  Kept forward(Step& step, const Instruction& at, Run how, KeptResults results = {});
   void total_losses(Step& step) const;
   void store_outputs(Step& step, const Instruction& at, const Kept& ran);
   void backward(Step& step, const Instruction& at, const Kept& ran);
@@ -154,6 +160,7 @@ class Executor {
   std::vector<std::optional<Place>> last_sums_;
   std::vector<std::vector<char>> last_touched_;
   std::shared_ptr<const Tape> prepared_;
+  Selection selection_;  // of prepared_; empty but for recompute "selective"
   bool broken_ = false;  // a copy failed: homes hold a mixture of versions
 };
 

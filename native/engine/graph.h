@@ -178,6 +178,12 @@ struct Instruction {
   static constexpr int lines(int ranks) { return kLines + 2 * ranks; }
 };
 
+// Recompute "selective": ids of values by program, and for a graph's operators those below autograd that do their work.
+struct KeptValues {
+  std::vector<std::vector<int>> values, shapes;
+  std::vector<std::pair<std::string, std::vector<std::string>>> kernels;
+};
+
 struct Tape {
   bool flush = false;
   UpdateOrder update = UpdateOrder::kEnd;
@@ -188,6 +194,7 @@ struct Tape {
   std::vector<Place> places;
   std::vector<Instruction> instructions;
   bool has_copies = false;  // or anything else that is queued
+  std::optional<KeptValues> kept;
 };
 
 }  // namespace stroma::engine

@@ -82,14 +82,15 @@ std::vector<at::Tensor> Executor::parameters_at(const Step& step, const Instruct
 }
 
 std::vector<at::Tensor> Executor::run_block(const LoadedGraph& loaded, int block, std::vector<at::Tensor> inputs,
-                                            const std::vector<at::Tensor>& parameters, const DimValues& dims) const {
+                                            const std::vector<at::Tensor>& parameters, const DimValues& dims,
+                                            Keeper* keeper) const {
   const Program& program = loaded.programs[loaded.graph.blocks[block].program];
   std::vector<at::Tensor> values = std::move(inputs);
   values.reserve(program.spec().values);
   values.insert(values.end(), parameters.begin(), parameters.end());
   values.resize(program.spec().values);
   try {
-    program.run(values, loaded.graph.dims, dims);
+    program.run(values, loaded.graph.dims, dims, keeper);
   } catch (const c10::OutOfMemoryError&) {
     throw;  // the walk knows what else is held
   } catch (const c10::Error& error) {
@@ -145,12 +146,25 @@ std::vector<at::Tensor> Executor::block_inputs(Step& step, const Instruction& at
   return inputs;
 }
 
-Executor::Kept Executor::forward(Step& step, const Instruction& at, bool with_grad) {
-  const at::AutoGradMode mode(with_grad);
+Executor::Run Executor::forward_of(const Step& step, const Instruction& at) const {
+  if (!at.keep) return Run::kPlain;
+  if (!step.tape.kept.has_value()) return Run::kGraph;
+  return selection_[train_->graph.blocks[at.block].program].empty() ? Run::kPlain : Run::kKeep;
+}
+
+// results: what a replay hands over.
+Executor::Kept Executor::forward(Step& step, const Instruction& at, Run how, KeptResults results) {
+  const at::AutoGradMode mode(how != Run::kPlain);
   Kept ran;
   ran.inputs = block_inputs(step, at);
   ran.parameters = parameters_at(step, at);
-  ran.outputs = run_block(*train_, at.block, ran.inputs, ran.parameters, step.dims[at.micro_batch]);
+  std::optional<Keeper> keeper;
+  if (how == Run::kKeep || how == Run::kReplay)
+    keeper.emplace(how == Run::kKeep ? Keeper::Mode::kKeep : Keeper::Mode::kReplay,
+                   selection_[train_->graph.blocks[at.block].program], results);
+  ran.outputs = run_block(*train_, at.block, ran.inputs, ran.parameters, step.dims[at.micro_batch],
+                          keeper.has_value() ? &*keeper : nullptr);
+  if (how == Run::kKeep) ran.results = std::move(results);
   auto& shapes = step.shapes[at.micro_batch][at.block];
   if (shapes.empty())
     for (const at::Tensor& output : ran.outputs) shapes.push_back(output.sizes().vec());

@@ -4,6 +4,7 @@
 #include <ATen/core/jit_type.h>
 
 #include "engine/error.h"
+#include "engine/kept.h"
 
 namespace stroma::engine {
 namespace {
@@ -190,9 +191,10 @@ Program::Program(const ProgramSpec& spec, at::Device device) : spec_(spec) {
   }
 }
 
-void Program::run(std::vector<at::Tensor>& values, const DimTable& table, const DimValues& dims) const {
+void Program::run(std::vector<at::Tensor>& values, const DimTable& table, const DimValues& dims, Keeper* keeper) const {
   torch::jit::Stack stack;
-  for (const Node& node : nodes_) {
+  for (size_t n = 0; n < nodes_.size(); ++n) {
+    const Node& node = nodes_[n];
     for (const Slot& slot : node.slots) {
       switch (slot.kind) {
         case Slot::Kind::kConstant:
@@ -225,10 +227,15 @@ void Program::run(std::vector<at::Tensor>& values, const DimTable& table, const 
         }
       }
     }
+    if (keeper != nullptr) keeper->begin(n);
     node.op.callBoxed(stack);
+    if (keeper != nullptr) keeper->end(n, stack.front().toTensor());
     for (size_t i = 0; i < node.outputs.size(); ++i)
       if (node.outputs[i] >= 0) values[node.outputs[i]] = std::move(stack[i]).toTensor();
     stack.clear();
+    if (keeper != nullptr)
+      for (const int id : node.outputs)
+        if (id >= 0) values[id] = keeper->cut(std::move(values[id]));
     for (const int id : node.releases) values[id].reset();
   }
 }

@@ -8,13 +8,17 @@
 
 namespace stroma::engine {
 
+class Keeper;
+
 class Program {
  public:
   // Throws GRAPH naming program, node and argument when an operator is unknown or an argument does not fit its schema.
   Program(const ProgramSpec& spec, at::Device device);
 
   // values: size spec().values, inputs and parameters filled in; filled with the outputs at return, the rest released.
-  void run(std::vector<at::Tensor>& values, const DimTable& table, const DimValues& dims) const;
+  // keeper: keeps results of its calls, or has some that need not be computed again; null: neither.
+  void run(std::vector<at::Tensor>& values, const DimTable& table, const DimValues& dims,
+           Keeper* keeper = nullptr) const;
 
   const ProgramSpec& spec() const { return spec_; }
 

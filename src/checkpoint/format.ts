@@ -126,7 +126,7 @@ const VERSION_1: Record<string, Check> = {
 const PLAN = all({
   tapeHash: text,
   order: oneOf(...SCHEDULES),
-  recompute: oneOf("all", "none"),
+  recompute: oneOf("all", "none", "selective"),
   update: oneOf("end", "backward", "forward"),
   clip: oneOf("none", "block", "global"),
   fused: count,

@@ -344,9 +344,16 @@ export const trainOptions = {
   }),
   recompute: choice(
     MEMORY,
-    ["all", "none"],
-    "all keeps only block boundaries and computes the rest again; none keeps everything",
+    ["all", "none", "selective"],
+    "all keeps only block boundaries and computes the rest again; none keeps everything; selective keeps results of matrix products and attention, and computes the cheap rest again",
     "none; all with --offload",
+  ),
+  layersPerBlock: count(
+    MEMORY,
+    1,
+    "So many layers are one block: fewer boundaries are kept, and more is computed again at a time",
+    "1; --plan auto chooses",
+    4,
   ),
   update: choice(
     MEMORY,

@@ -100,7 +100,11 @@ function howText({ report, policy, blocksMerged, graph }: AutoPlan): string {
     forward: `updated in the next step's forward, its gradient kept as ${policy.retainedDType} until the global norm is known`,
   }[update];
   const merged = blocksMerged > 1 ? ` ${blocksMerged} layers make a block (${graph.blocks.length} blocks).` : "";
-  const recompute = policy.recompute === "all" ? "Forwards run again in the backward." : "Autograd graphs are kept.";
+  const recompute = {
+    all: "Forwards run again in the backward.",
+    none: "Autograd graphs are kept.",
+    selective: "Forwards run again in the backward, but for results of products and attention, which are kept.",
+  }[policy.recompute];
   return `${how} (${order})${fused}; a block is ${updated}. ${recompute}${merged}`;
 }
 

@@ -8,7 +8,7 @@ import { type AutoPlan, type PlanRequest, planAuto } from "../plan/auto.js";
 import { parseSize } from "../plan/budget.js";
 import { readMeasured } from "../plan/measured.js";
 import { findProfile, type MachineProfile, profileNames, profileOfCard } from "../plan/profiles.js";
-import type { StateFormat } from "../plan/types.js";
+import type { Recompute, StateFormat } from "../plan/types.js";
 import { planText, tapeText } from "./plan-report.js";
 
 export interface PlanArguments {
@@ -24,6 +24,8 @@ export interface PlanArguments {
   precision?: "float32" | "float64" | "bfloat16";
   "master-weight"?: StateFormat["masterWeight"];
   clip: PlanRequest["clip"];
+  recompute?: Recompute;
+  "layers-per-block"?: number;
   profile?: string;
   tape?: boolean;
   json?: boolean;
@@ -64,6 +66,14 @@ export const planCommand: CommandModule<object, PlanArguments> = {
           default: "global" as const,
           describe: "Gradients clipped by the norm of all, of each block, or not",
         },
+        recompute: {
+          choices: ["all", "none", "selective"] as const,
+          describe: "Only plans with it: what a backward computes again. Default: the plan's choice",
+        },
+        "layers-per-block": {
+          type: "number",
+          describe: "Only plans in which so many layers are one block. Default: the plan's choice",
+        },
         profile: { choices: profileNames(), describe: "Whose speed is predicted. Default: this machine's" },
         tape: { type: "boolean", conflicts: "json", describe: "Also every instruction of the step" },
         json: { type: "boolean", describe: "One JSON object instead of text" },
@@ -87,8 +97,13 @@ export function plan(args: PlanArguments, machine: ProbeReport | null = probeMac
       "CONFIG",
       `[plan] expected --devices 1, got ${args.devices}: more than one card is not there yet. Plan for one of them`,
     );
-  for (const name of ["sequence-length", "micro-batch-size", "gradient-accumulation-steps"] as const)
-    if (!Number.isSafeInteger(args[name]) || args[name] < 1)
+  for (const name of [
+    "sequence-length",
+    "micro-batch-size",
+    "gradient-accumulation-steps",
+    "layers-per-block",
+  ] as const)
+    if (args[name] !== undefined && (!Number.isSafeInteger(args[name]) || args[name] < 1))
       throw new StromaError(
         "CONFIG",
         `[plan] expected --${name} to be a whole number of at least 1, got ${args[name]}`,
@@ -104,6 +119,8 @@ export function plan(args: PlanArguments, machine: ProbeReport | null = probeMac
     gradientAccumulationSteps: args["gradient-accumulation-steps"],
     state: { storage: precision, masterWeight, optimizer: args.optimizer },
     clip: args.clip,
+    recompute: args.recompute,
+    layersPerBlock: args["layers-per-block"],
     profile,
     budget: budgetFor(args, profile, machine),
   };

@@ -39,6 +39,11 @@ export interface OpSchema {
   readonly args: readonly Argument[];
   /** Keyword-only arguments; in TypeScript they follow the positional ones. */
   readonly kwargs?: readonly Argument[];
+  /**
+   * The operators below autograd one of which does its work, and whose results, kept from the forward, stand for it in the
+   * backward. Absent: it is computed again. What it becomes on the way (a transpose, a padded head) is computed again too.
+   */
+  readonly kernels?: readonly string[];
 }
 
 const unary = <const S extends string>(overload: S) => ({ overload, args: ["tensor self"] }) as const;
@@ -129,14 +134,25 @@ export const schemas = {
     args: ["tensor self", "dim repeats", "int dim"],
   },
   // Products and lookups
-  matmul: binary("aten::matmul"),
-  linear: { overload: "aten::linear", args: ["tensor input", "tensor weight", "tensor? bias"] },
+  matmul: { ...binary("aten::matmul"), kernels: ["aten::mm", "aten::bmm"] },
+  linear: {
+    overload: "aten::linear",
+    args: ["tensor input", "tensor weight", "tensor? bias"],
+    kernels: ["aten::mm", "aten::addmm", "aten::bmm"],
+  },
   embedding: { overload: "aten::embedding", args: ["tensor weight", "tensor indices"] },
   indexSelect: { overload: "aten::index_select", args: ["tensor self", "int dim", "tensor index"] },
   scaledDotProductAttention: {
     overload: "aten::scaled_dot_product_attention",
     args: ["tensor query", "tensor key", "tensor value", "tensor? attn_mask", "float dropout_p", "bool is_causal"],
     kwargs: ["float? scale", "bool enable_gqa"],
+    // Not the products of the kernel written out in operators: its scores grow with the square of the length.
+    kernels: [
+      "aten::_scaled_dot_product_flash_attention_for_cpu",
+      "aten::_scaled_dot_product_flash_attention",
+      "aten::_scaled_dot_product_efficient_attention",
+      "aten::_scaled_dot_product_cudnn_attention",
+    ],
   },
   // Ours (native/kernels)
   crossEntropyHead: {

@@ -9,6 +9,7 @@ import type { PlanRequest } from "./auto.js";
 import { type Budget, showSize } from "./budget.js";
 import { blockLayouts } from "./layout.js";
 import { passWorkspace } from "./memory.js";
+import { keptOf } from "./selective.js";
 import { type Simulation, simulate, type TapePeaks, tapePeaks } from "./simulate.js";
 import type { Clip, Recompute, RetainedDType, Schedule, Tape, UpdateOrder } from "./types.js";
 import { type Policy, type Space3, writeTape } from "./write-tape.js";
@@ -227,9 +228,10 @@ export function leastOver(shape: Shape, request: PlanRequest, limits: Budget): A
       if (!consumed.has(`${b}:${o}`)) continue;
       boundaries += outputBytes(output, dims) * count;
     }
-    const pass = passWorkspace(graph, b, dims, { device: request.profile.device });
+    const selected = recompute === "selective" ? keptOf(graph, dims) : undefined;
+    const pass = passWorkspace(graph, b, dims, { device: request.profile.device, kept: selected });
     workspace = Math.max(workspace, pass.backward);
-    if (recompute === "none" && b < graph.blocks.length - 1) kept += pass.kept * count;
+    if (recompute !== "all" && b < graph.blocks.length - 1) kept += pass.kept * count;
   }
   const { deviceBytes, hostBytes, diskBytes } = limits;
   const all = far === "device" ? deviceBytes : deviceBytes + hostBytes + diskBytes;
@@ -239,7 +241,7 @@ export function leastOver(shape: Shape, request: PlanRequest, limits: Budget): A
     `${showSize(state)} of parameters and optimizer state`,
     `${showSize(sums)} of gradient sums`,
     retained > boundaries ? `${showSize(retained)} of retained gradients` : `${showSize(boundaries)} of boundaries`,
-    ...(kept > 0 ? [`${showSize(kept)} of kept graphs`] : []),
+    ...(kept > 0 ? [`${showSize(kept)} of kept ${recompute === "none" ? "graphs" : "results"}`] : []),
   ];
   const where = far === "device" ? "of device memory" : "in all";
   return {
@@ -277,13 +279,14 @@ function fusedDims({ fused }: Shape, { dims, batchDim = "B" }: PlanRequest): Rec
 
 function labelOf(s: Shape): string {
   const retained = s.update === "forward" ? `, gradients retained as ${s.retainedDType}` : "";
-  const graphs = s.recompute === "none" ? "graphs kept" : "recompute";
+  const graphs = { none: "graphs kept", selective: "dear results kept", all: "recompute" }[s.recompute];
   return [
     s.far === "device" ? "all on the device" : `boundaries on the ${s.boundary}`,
     s.schedule === "breadthFirst" ? "breadth-first" : "depth-first",
     `update ${s.update}${retained}`,
     `${s.fused} fused`,
-    ...(s.far === "device" ? [graphs] : [`prefetch ${s.prefetch}`]),
+    ...(s.far === "device" || s.recompute !== "all" ? [graphs] : []),
+    ...(s.far === "device" ? [] : [`prefetch ${s.prefetch}`]),
     ...(s.merged > 1 ? [`${s.merged} layers a block`] : []),
   ].join(", ");
 }

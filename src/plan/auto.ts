@@ -15,7 +15,7 @@ import { type Budget, showSize, usable } from "./budget.js";
 import { mergeBlocks } from "./merge-blocks.js";
 import type { MachineProfile } from "./profiles.js";
 import type { BoundBy, Simulation } from "./simulate.js";
-import type { Clip, RetainedDType, Schedule, StateFormat, Tape, UpdateOrder } from "./types.js";
+import type { Clip, Recompute, RetainedDType, Schedule, StateFormat, Tape, UpdateOrder } from "./types.js";
 import type { Policy, Space3 } from "./write-tape.js";
 
 export interface PlanRequest {
@@ -27,6 +27,10 @@ export interface PlanRequest {
   profile: MachineProfile;
   /** All there is; the plan fills what `usable` leaves of it. */
   budget: Budget;
+  /** Only plans with it. Default: any. */
+  recompute?: Recompute;
+  /** Only plans in which so many layers are one block. Default: one; two or four where nothing else fits. */
+  layersPerBlock?: number;
   /** The dim that fused micro-batches lengthen. Default "B". */
   batchDim?: string;
   /** The dim that makes tokens of rows. Default "T". */
@@ -89,13 +93,26 @@ export function planAuto(graph: Graph, request: PlanRequest): AutoPlan {
   return searched(graph, request).result();
 }
 
+/** `graph` with `size` layers a block. Throws CONFIG for a size above 1 where no two of its blocks can be one. */
+export function layersMerged(graph: Graph, size: number): Graph {
+  const merged = mergeBlocks(graph, size);
+  if (size > 1 && merged === graph)
+    throw new StromaError(
+      "CONFIG",
+      `[plan] ${size} layers a block: no two blocks of ${graph.model} can be one. Blocks merge that run one program one after ` +
+        "the other, share no parameter and draw no random numbers (dropout 0)",
+    );
+  return merged;
+}
+
 /** `quick`: asks only whether something fits, not for the fewest bytes that would. */
 function searched(graph: Graph, request: PlanRequest, quick = false): Search {
-  const { clip, budget, profile } = request;
+  const { clip, budget, profile, layersPerBlock } = request;
+  const whole = layersPerBlock === undefined ? graph : layersMerged(graph, layersPerBlock);
   const limits = usable(budget);
   const search = new Search(graph, request, limits);
   const fused = fusions(request).slice(0, quick ? 1 : undefined);
-  search.resident(fused);
+  search.resident(whole, layersPerBlock ?? 1, fused);
   const updates: UpdateOrder[] = clip === "global" ? ["forward"] : ["backward"];
   const kinds: RetainedDType[] = clip === "global" ? retainedDTypes(graph) : ["float32"];
   // On the CPU the device is the host's memory.
@@ -106,9 +123,9 @@ function searched(graph: Graph, request: PlanRequest, quick = false): Search {
     ...(limits.diskBytes > 0 ? (["disk"] as const) : []),
   ];
   // Merging and the retained dtype cost exactness or flexibility: each only where what is finer does not fit.
-  for (const size of quick ? [1, 2] : [1, 2, 4]) {
+  for (const size of layersPerBlock !== undefined ? [layersPerBlock] : quick ? [1, 2] : [1, 2, 4]) {
     const merged = mergeBlocks(graph, size);
-    if (size > 1 && (merged === graph || merged.blocks.length === search.blocks)) break;
+    if (layersPerBlock === undefined && size > 1 && (merged === graph || merged.blocks.length === search.blocks)) break;
     search.blocks = merged.blocks.length;
     for (const retainedDType of kinds) {
       for (const update of updates) search.streamed(merged, size, update, retainedDType, fused, spaces);
@@ -149,14 +166,14 @@ class Search {
   ) {}
 
   /** Everything on the device; depth-first, since nothing is fetched and few boundaries live. */
-  resident(fused: readonly number[]): void {
-    const { clip } = this.request;
+  resident(graph: Graph, merged: number, fused: readonly number[]): void {
+    const { clip, recompute: only } = this.request;
     const update: UpdateOrder = "end";
-    for (const recompute of ["none", "all"] as const) {
+    for (const recompute of only === undefined ? (["none", "selective", "all"] as const) : [only]) {
       for (const k of fused) {
         const attempt = this.try({
-          graph: this.graph,
-          merged: 1,
+          graph,
+          merged,
           schedule: "depthFirst",
           recompute,
           update,
@@ -181,13 +198,15 @@ class Search {
     fused: readonly number[],
     spaces: readonly Space3[],
   ): void {
-    const { clip } = this.request;
+    const { clip, recompute: only } = this.request;
+    // A kept graph holds parameters on the device.
+    if (only === "none") return;
     const far: Space3 = spaces.includes("host") ? "host" : "device";
     const common = {
       graph,
       merged,
       schedule: "breadthFirst",
-      recompute: "all",
+      recompute: only ?? "all",
       update,
       clip,
       retainedDType,
@@ -214,6 +233,7 @@ class Search {
           if (attempt.over === null) {
             fits = true;
             this.earlier(attempt);
+            if (only === undefined) this.try({ ...shape, recompute: "selective" });
           } else if (known === undefined || attempt.over.bytes < known.bytes)
             lacking.set(boundary, { shape, bytes: attempt.over.bytes });
         }

@@ -20,7 +20,7 @@ import {
 const WORDS = {
   kind: ["step", "flush"],
   schedule: SCHEDULES,
-  recompute: ["all", "none"],
+  recompute: ["all", "none", "selective"],
   update: ["end", "backward", "forward"],
   clip: ["none", "block", "global"],
 } as const;
@@ -80,6 +80,7 @@ class Form {
   run(): void {
     for (const [p, place] of this.tape.places.entries()) this.inArena(place, `place ${p}`);
     this.homes();
+    this.kept();
     for (const [at, instruction] of this.tape.instructions.entries()) {
       this.at = at;
       this.instruction(instruction);
@@ -127,6 +128,26 @@ class Form {
       const next = taken[i + 1];
       if (next?.space === home.space && next.offset < home.offset + home.bytes)
         this.fail(`homes overlap: ${showRange(home)} and ${showRange(next)}`);
+    }
+  }
+
+  /** Every kept value is the one result of an operator that the tape names kernels for. */
+  private kept(): void {
+    const { kept, recompute, kind } = this.tape;
+    const wanted = recompute === "selective" && kind === "step";
+    if ((kept !== undefined) !== wanted)
+      this.fail(`${kept === undefined ? "does not say" : "says"} what is kept; recompute ${recompute} of a ${kind}`);
+    if (kept === undefined) return;
+    const { programs } = this.facts.graph;
+    for (const list of [kept.values, kept.shapes]) this.count("kept", list, programs.length);
+    for (const [p, program] of programs.entries()) {
+      const ids = [...kept.values[p]!, ...kept.shapes[p]!];
+      if (new Set(ids).size !== ids.length) this.fail(`keeps a value of program ${program.name} twice`);
+      for (const id of ids) {
+        const node = program.nodes.find(({ outputs }) => outputs.length === 1 && outputs[0] === id);
+        if (node === undefined || !(kept.kernels[node.op]?.length ?? 0))
+          this.fail(`keeps value ${id} of program ${program.name}, which is of no operator with kernels`);
+      }
     }
   }
 
@@ -203,7 +224,7 @@ class Form {
       this.count("out", i.out, outputs.length);
       for (const o of outputs.keys())
         this.boundary(`out ${o}`, i.out[o]!, facts.isRead[block]![o]! ? { block, output: o } : null);
-      const keep = this.tape.recompute === "none" && facts.needsBackward[block]!;
+      const keep = this.tape.recompute !== "all" && facts.needsBackward[block]!;
       if (i.keep !== keep) this.fail(`keep is ${i.keep}; recompute ${this.tape.recompute} wants ${keep}`);
       return;
     }

@@ -18,7 +18,9 @@ interface PassCost {
   /** Without autograd, and with. */
   forward: Cost;
   recorded: Cost;
-  /** Without the forward that a recompute runs before it. */
+  /** The forward that a backward runs before it: all of it, or without what was kept. */
+  again: Cost;
+  /** Without that. */
   backward: Cost;
   /** Forward and backward of a head, whose gradients are made with the logits at hand. */
   turn: Cost;
@@ -34,7 +36,7 @@ export class CostModel {
 
   constructor(
     private readonly graph: Graph,
-    private readonly tape: Pick<Tape, "state" | "recompute">,
+    private readonly tape: Pick<Tape, "state" | "recompute" | "kept">,
     private readonly dims: Readonly<Record<string, number>>,
     private readonly profile: MachineProfile,
   ) {
@@ -57,9 +59,8 @@ export class CostModel {
       case "turn":
         return plus(this.pass(i.block).turn, times.sum(this.sizes(i.block), i.first));
       case "backward": {
-        const { recorded, backward } = this.pass(i.block);
-        const sum = times.sum(this.sizes(i.block), i.first);
-        return this.tape.recompute === "all" ? plus(recorded, backward, sum) : plus(backward, sum);
+        const { again, backward } = this.pass(i.block);
+        return plus(again, backward, times.sum(this.sizes(i.block), i.first));
       }
       case "cast":
         return times.cast(this.sizes(i.block));
@@ -118,13 +119,17 @@ export class CostModel {
     let found = this.passes.get(program);
     if (found !== undefined) return found;
     const { times } = this;
+    const { recompute, kept } = this.tape;
+    const known = new Set([...(kept?.values[program] ?? []), ...(kept?.shapes[program] ?? [])]);
     const sized = sizedProgram(this.graph, block, this.dims);
     const [there, back] = [times.beside(sized, "forward"), times.beside(sized, "backward")];
-    const costs = { forward: [there], recorded: [there], backward: [back], turn: [back] };
+    const again = recompute === "none" ? [none] : [there];
+    const costs = { forward: [there], recorded: [there], backward: [back], turn: [back], again };
     for (const call of sized.calls) {
       costs.forward.push(times.forward(call, false));
       const recorded = times.forward(call, true);
       costs.recorded.push(recorded);
+      if (recompute !== "none" && !known.has(call.out.id)) costs.again.push(recorded);
       if (call.op === "crossEntropyHead" && call.out.grad) {
         costs.turn.push(times.head(call));
         continue;
@@ -136,6 +141,7 @@ export class CostModel {
     found = {
       forward: plus(...costs.forward),
       recorded: plus(...costs.recorded),
+      again: plus(...costs.again),
       backward: plus(...costs.backward),
       turn: plus(...costs.turn),
       bytes: sized.calls.reduce((n, call) => n + call.out.bytes, 0),

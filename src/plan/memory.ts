@@ -2,11 +2,13 @@
  * Device memory of a pass: what libtorch holds while a block's program runs, beside the arena in which parameters, sums
  * and boundaries lie. The program is walked as the engine runs it: nodes in order, each value let go after its last
  * reader (with autograd on, what a node saved stays), then autograd newest first, every gradient of a parameter added
- * into the sums and freed as it appears.
+ * into the sums and freed as it appears. With recompute "selective" the forward cuts every value off from autograd and
+ * holds the kept ones, which the backward's run takes up where it would have made them.
  */
 import type { Graph } from "../graph/types.js";
 import { type SizedCall, type SizedProgram, type SizedValue, sizedProgram } from "./cost-calls.js";
 import { additiveMask, forwardTemporary, gradients, type MemoryDevice } from "./memory-gradients.js";
+import type { Kept } from "./types.js";
 
 /** Bytes at the highest of each kind of pass of one micro-batch. */
 export interface PassWorkspace {
@@ -14,11 +16,11 @@ export interface PassWorkspace {
   forward: number;
   /** A forward run again and its backward; of a head, its turn. */
   backward: number;
-  /** A forward whose graph is kept. */
+  /** A forward whose graph, or dear results, are kept. */
   keepingForward: number;
   /** What stays from such a forward to its backward. */
   kept: number;
-  /** Backward of a kept graph, `kept` included. */
+  /** The backward that follows, `kept` included. */
   keptBackward: number;
 }
 
@@ -27,7 +29,12 @@ export interface WorkspaceOptions {
   device?: MemoryDevice;
   /** Blocks of the allocator are multiples of it, but for smaller ones. Default 64 KiB, the engine's. */
   unit?: number;
+  /** Tape.kept: what is kept are these results. Default: autograd graphs. */
+  kept?: Kept;
 }
+
+/** Of one program. */
+type KeptOfProgram = Record<"values" | "shapes", readonly number[]>;
 
 const UNIT = 64 << 10;
 
@@ -44,32 +51,39 @@ export function passWorkspace(
   options: WorkspaceOptions = {},
 ): PassWorkspace {
   const { device = "cuda", unit = UNIT } = options;
+  const { program } = graph.blocks[block]!;
+  const kept = options.kept && { values: options.kept.values[program]!, shapes: options.kept.shapes[program]! };
   const cache = known.get(graph) ?? new Map<string, PassWorkspace>();
   known.set(graph, cache);
   // Blocks that run one program agree in what trains (validateGraph), so in memory too.
-  const key = JSON.stringify([graph.blocks[block]!.program, dims, device, unit]);
-  const found = cache.get(key) ?? walk(sizedProgram(graph, block, dims), device, unit);
+  const key = JSON.stringify([program, dims, device, unit, kept]);
+  const found = cache.get(key) ?? walk(sizedProgram(graph, block, dims), device, unit, kept);
   cache.set(key, found);
   return found;
 }
 
-function walk(program: SizedProgram, device: MemoryDevice, unit: number): PassWorkspace {
+function walk(program: SizedProgram, device: MemoryDevice, unit: number, kept?: KeptOfProgram): PassWorkspace {
   const plain = new Pass(program, device, new Heap(unit), false);
   plain.forward();
-  const keeping = new Pass(program, device, new Heap(unit), true);
-  keeping.forward();
-  const keepingForward = keeping.heap.peak;
-  const kept = keeping.heap.live;
-  keeping.heap.peak = kept;
-  keeping.backward();
-  const keptBackward = keeping.heap.peak;
-  return {
-    forward: plain.heap.peak,
-    backward: Math.max(keepingForward, keptBackward),
-    keepingForward,
-    kept,
-    keptBackward,
-  };
+  const graph = new Pass(program, device, new Heap(unit), true);
+  graph.forward();
+  const keepingForward = graph.heap.peak;
+  const held = graph.heap.live;
+  graph.heap.peak = held;
+  graph.backward();
+  const keptBackward = graph.heap.peak;
+  const forward = plain.heap.peak;
+  const backward = Math.max(keepingForward, keptBackward);
+  if (kept === undefined) return { forward, backward, keepingForward, kept: held, keptBackward };
+  if (kept.values.length + kept.shapes.length === 0)
+    return { forward, backward, keepingForward: forward, kept: 0, keptBackward: backward };
+  const cutting = new Pass(program, device, new Heap(unit), false, kept);
+  cutting.forward();
+  const replay = new Pass(program, device, new Heap(unit), true, kept);
+  const results = replay.heap.live;
+  replay.forward();
+  replay.backward();
+  return { forward, backward, keepingForward: cutting.heap.peak, kept: results, keptBackward: replay.heap.peak };
 }
 
 interface Storage {
@@ -111,12 +125,15 @@ class Pass {
   private readonly strides: number[][] = [];
   private readonly saved: Storage[][] = [];
   private readonly lastReader: number[];
+  /** By value: what its kernels returned in an earlier forward, its result first. */
+  private readonly results: Storage[][] = [];
 
   constructor(
     private readonly program: SizedProgram,
     private readonly device: MemoryDevice,
     readonly heap: Heap,
     private readonly autograd: boolean,
+    private readonly kept: KeptOfProgram = { values: [], shapes: [] },
   ) {
     this.lastReader = program.values.map(() => -1);
     for (const [n, call] of program.calls.entries()) {
@@ -128,19 +145,29 @@ class Pass {
       this.held[value.id] = outside();
       this.strides[value.id] = contiguous(value.shape);
     }
+    if (!autograd) return;
+    for (const { out, savedOwnBytes } of program.calls) {
+      if (kept.values.includes(out.id))
+        this.results[out.id] = [out.bytes, ...savedOwnBytes].map((bytes) => heap.allocate(bytes));
+      else if (kept.shapes.includes(out.id)) this.results[out.id] = [outside()];
+    }
   }
 
   forward(): void {
     for (const [n, call] of this.program.calls.entries()) {
       const { out } = call;
       const base = this.viewed(call);
-      this.held[out.id] = base === undefined ? this.heap.allocate(out.bytes) : this.heap.hold(base);
+      const [result, ...own] = this.results[out.id] ?? [];
+      this.held[out.id] = base === undefined ? (result ?? this.heap.allocate(out.bytes)) : this.heap.hold(base);
       const records = this.autograd && out.grad;
       // Saved tensors of the op's own stand beside its temporaries: the head's gradients beside its logits.
-      this.saved[n] = records ? call.savedOwnBytes.map((bytes) => this.heap.allocate(bytes)) : [];
+      const saves = records || this.kept.values.includes(out.id);
+      this.saved[n] = !saves ? [] : result ? own : call.savedOwnBytes.map((bytes) => this.heap.allocate(bytes));
+      if (!this.autograd && this.kept.values.includes(out.id)) this.heap.hold(this.held[out.id]!);
       const mask = additiveMask(call);
       if (records && mask !== null) this.saved[n]!.push(this.heap.allocate(mask.bytes));
-      this.heap.pass(forwardTemporary(call, records));
+      if (saves && !records && mask !== null) this.heap.pass(mask.bytes);
+      if (result === undefined) this.heap.pass(forwardTemporary(call, saves));
       for (const id of records ? call.savedValues : [])
         if (id !== mask?.of) this.saved[n]!.push(this.heap.hold(this.held[id]!));
       this.release(n);

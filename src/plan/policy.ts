@@ -61,7 +61,7 @@ export function checkPolicy(graph: Graph, policy: Policy): void {
     refuse(
       'update "backward" changes blocks before the global norm is known. Clip by block, or update "forward" or "end"',
     );
-  if (recompute === "all") return;
+  if (recompute !== "none") return;
   // A kept autograd graph holds views of the parameters and inputs that it was made with.
   if (boundary === "host" || boundary === "disk")
     refuse(`kept autograd graphs hold their inputs on the device, not on ${boundary}. Recompute "all"`);

@@ -108,12 +108,12 @@ export function tapePeaks(
   let [kept, workspaceBytes] = [0, 0];
   for (const at of tape.instructions) {
     if (at.op !== "forward" && at.op !== "turn" && at.op !== "backward") continue;
-    const pass = passWorkspace(graph, at.block, dims, { device });
+    const pass = passWorkspace(graph, at.block, dims, { device, kept: tape.kept });
     const beside = kept + slots.live;
     if (at.op === "forward") {
       workspaceBytes = Math.max(workspaceBytes, beside + (at.keep ? pass.keepingForward : pass.forward));
       if (at.keep) kept += pass.kept;
-    } else if (at.op === "backward" && tape.recompute === "none") {
+    } else if (at.op === "backward" && tape.recompute !== "all") {
       workspaceBytes = Math.max(workspaceBytes, beside + pass.keptBackward - pass.kept);
       kept -= pass.kept;
     } else workspaceBytes = Math.max(workspaceBytes, beside + pass.backward);

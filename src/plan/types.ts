@@ -25,8 +25,11 @@ import type { DType } from "../graph/types.js";
  */
 export type Schedule = "depthFirst" | "breadthFirst" | "oneForwardOneBackward";
 export const SCHEDULES = ["breadthFirst", "depthFirst", "oneForwardOneBackward"] as const satisfies readonly Schedule[];
-/** none: keep each block's autograd graph from forward to backward. all: run the forward again in the backward. */
-export type Recompute = "all" | "none";
+/**
+ * none: keep each block's autograd graph from forward to backward. all: run the forward again in the backward. selective:
+ * keep results that are dear to compute and small to keep, and compute the rest again from them (selective.ts).
+ */
+export type Recompute = "all" | "none" | "selective";
 /**
  * When a block is updated. end: after all backwards, sums of all blocks live until then. backward: right after the
  * block's own last backward; no global clipping. forward: its gradient is retained, and it is updated when the next
@@ -101,7 +104,8 @@ export type Instruction = Waiting &
       }
     /**
      * dOut, x -> parameter gradients into sums (first: overwrite, else add), input gradients into dIn (add[i]: add to
-     * what the place holds, else overwrite). Runs the forward again unless the forward's `keep` held its graph.
+     * what the place holds, else overwrite). Runs the forward again unless the forward's `keep` held its graph; where it
+     * held dear results, without computing those.
      */
     | {
         op: "backward";
@@ -174,6 +178,18 @@ export interface StateFormat {
   optimizer: "adamw" | "adamw8bit";
 }
 
+/**
+ * With recompute "selective": what a forward with `keep` leaves to its backward. Ids of values by program of the graph,
+ * ascending, each the result of a call. `values`: what its kernels returned is kept and handed over in the backward in
+ * their stead. `shapes`: nothing in the backward reads it, so that its shape is handed over, filled with not-a-number.
+ */
+export interface Kept {
+  values: number[][];
+  shapes: number[][];
+  /** For operators of these calls, as in Node.op: the dispatcher's operators below autograd whose results they are. */
+  kernels: Record<string, string[]>;
+}
+
 export interface Tape {
   format: "stromatolite.tape";
   version: 2;
@@ -192,6 +208,8 @@ export interface Tape {
   dims: Record<string, number> | null;
   placement: Placement;
   slots: number;
+  /** Of a step with recompute "selective". */
+  kept?: Kept;
   places: Place[];
   instructions: Instruction[];
 }

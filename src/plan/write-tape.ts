@@ -14,6 +14,7 @@ import { type BlockLayout, blockLayouts, PAGE, roundUp } from "./layout.js";
 import { links } from "./links.js";
 import { pushAt } from "./lists.js";
 import { checkPolicy, homeOf, type Policy } from "./policy.js";
+import { keptOf } from "./selective.js";
 import type { Boundary, CopyQueue, Instruction, Operand, P, Placement, Tape } from "./types.js";
 import { flushVisits, type Pass, type Visit, visitsOf } from "./visits.js";
 import { accesses, deriveWaits } from "./waits.js";
@@ -268,7 +269,7 @@ class Writer {
     );
     const common = { block, microBatch, params, in: boundaries.inputs(pass), waits: [] };
     if (op === "forward") {
-      const keep = this.policy.recompute === "none" && this.flow.hasBackward(block);
+      const keep = this.policy.recompute !== "all" && this.flow.hasBackward(block);
       this.emit({ op, ...common, out: boundaries.outputs(pass), keep });
       return;
     }
@@ -387,6 +388,7 @@ class Writer {
       dims: boundary === "slot" ? null : dims,
       placement,
       slots: used.slot,
+      ...(recompute === "selective" && kind === "step" ? { kept: keptOf(this.flow.graph, dims) } : {}),
       places,
       instructions: this.instructions,
     };

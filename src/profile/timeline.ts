@@ -250,7 +250,7 @@ export function heldByInstruction(list: readonly Holding[], space: Space, instru
 export const byKind = (length: number): ByKind =>
   Object.fromEntries(HELD_KINDS.map((kind) => [kind, new Float64Array(length)])) as ByKind;
 
-/** Bytes beside arena and slots that the plan expects at the highest of each instruction: kept graphs and workspaces. */
+/** Bytes beside arena and slots that the plan expects at the highest of each instruction: what is kept, and workspaces. */
 export function predictedWorkspace(
   graph: Graph,
   tape: Tape,
@@ -260,7 +260,7 @@ export function predictedWorkspace(
   let kept = 0;
   return Float64Array.from(tape.instructions, (at) => {
     if (at.op !== "forward" && at.op !== "turn" && at.op !== "backward") return kept;
-    const pass = passWorkspace(graph, at.block, dims, { device });
+    const pass = passWorkspace(graph, at.block, dims, { device, kept: tape.kept });
     const before = kept;
     if (at.op === "forward" && at.keep) {
       kept += pass.kept;

@@ -48,6 +48,11 @@ export interface MemoryOptions {
   disk?: number | string;
   /** Folder for what a plan keeps on disk while it trains. Default: `outputDir`. */
   diskFolder?: string;
+  /**
+   * k consecutive layers are one block, so that only every k-th boundary between layers waits for the backward. Layers that
+   * share parameters or draw random numbers stay alone. Default 1; `plan: "auto"` chooses.
+   */
+  layersPerBlock?: number;
 }
 
 /** What MemoryOptions are read beside. */
@@ -66,7 +71,7 @@ export interface ResolvedMemory {
   masterWeight: MasterWeight;
   maxGradNorm: number | null;
   clip: Clip;
-  /** null: the plan's choice; `recompute` may be "all" all the same. */
+  /** null: the plan's choice; `recompute` may be "all" or "selective" all the same. */
   order: Schedule | null;
   recompute: Recompute | null;
   update: UpdateOrder | null;
@@ -77,11 +82,13 @@ export interface ResolvedMemory {
   hostMemory: number | null;
   disk: number | null;
   diskFolder: string | null;
+  /** null: the plan's choice. */
+  layersPerBlock: number | null;
 }
 
 export const MEMORY_NAMES = [
   ...["optimizer", "precision", "masterWeight", "clip", "update", "plan", "offload"],
-  ...["deviceMemory", "hostMemory", "disk", "diskFolder"],
+  ...["deviceMemory", "hostMemory", "disk", "diskFolder", "layersPerBlock"],
 ];
 
 /** @throws CONFIG for what contradicts itself, saying why; INVALID_ARGUMENT for a value out of range */
@@ -93,7 +100,15 @@ export function resolveMemory(o: MemoryOptions & Beside): ResolvedMemory {
   };
   const where = places(o, sizes);
   const clipping = clips(o);
-  return { ...numbers(o), ...clipping, ...schedule(o, where, clipping.clip), ...where, ...sizes };
+  const layersPerBlock = layers(o.layersPerBlock) ?? (where.plan === "auto" ? null : 1);
+  return { ...numbers(o), ...clipping, ...schedule(o, where, clipping.clip), ...where, ...sizes, layersPerBlock };
+}
+
+function layers(given: number | undefined): number | null {
+  if (given === undefined) return null;
+  if (!Number.isSafeInteger(given) || given < 1)
+    throw invalidArgument("trainer", "a whole number of at least 1", given, "layersPerBlock");
+  return given;
 }
 
 function numbers(o: MemoryOptions & Beside): Pick<ResolvedMemory, "dtype" | "precision" | "masterWeight"> {
@@ -161,7 +176,7 @@ function schedule(
   clip: Clip,
 ): Pick<ResolvedMemory, "order" | "recompute" | "update"> {
   const order = one(o.order, SCHEDULES, "order") ?? null;
-  const recompute = one(o.recompute, ["all", "none"] as const, "recompute") ?? null;
+  const recompute = one(o.recompute, ["all", "none", "selective"] as const, "recompute") ?? null;
   const update = one(o.update, ["end", "backward", "forward"] as const, "update") ?? null;
   if (update === "backward" && clip === "global")
     throw config(
@@ -179,7 +194,7 @@ function schedule(
   if (recompute === "none")
     throw config(`recompute none holds parameters on the device, offload ${offload} takes them away between passes`);
   const later = clip === "global" ? "forward" : "backward";
-  return { order: order ?? "breadthFirst", recompute: "all", update: update ?? later };
+  return { order: order ?? "breadthFirst", recompute: recompute ?? "all", update: update ?? later };
 }
 
 function size(given: number | string | undefined, name: string): number | null {

@@ -77,7 +77,10 @@ export interface TrainerOptions extends MemoryOptions {
   threads?: number;
   /** Order of the work inside a step; the numbers are the same. Default "breadthFirst"; `plan: "auto"` chooses. */
   order?: Schedule;
-  /** Activation recompute: "all" keeps only block boundaries. Default "none"; "all" with `offload`. */
+  /**
+   * Activation recompute: "all" keeps only block boundaries, "selective" also results of matrix products and attention.
+   * Default "none"; "all" with `offload`.
+   */
   recompute?: Recompute;
   /** A step whose loss is NaN or infinite changes nothing; then end with NON_FINITE, or skip it. Default "stop". */
   nonFinite?: "stop" | "skip";
@@ -292,7 +295,7 @@ export function mergeOptions(saved: TrainerOptions, given: TrainerOptions): Trai
   }
   // Where state lives and in which order work is done are one decision: a new one does not inherit half of the old.
   if (WHERE.some((name) => defined[name] !== undefined))
-    for (const name of [...WHERE, "order", "recompute", "update"] as const) delete base[name];
+    for (const name of [...WHERE, "order", "recompute", "update", "layersPerBlock"] as const) delete base[name];
   if (defined.clip !== undefined && (defined.clip === "none") !== (base.maxGradNorm === null)) delete base.maxGradNorm;
   if (defined.maxGradNorm !== undefined && (defined.maxGradNorm === null) !== (base.clip === "none")) delete base.clip;
   if (defined.precision !== undefined && defined.precision !== base.precision) {

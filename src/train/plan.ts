@@ -5,7 +5,7 @@ import { StromaError } from "../errors.js";
 import { canonicalJson } from "../graph/hash.js";
 import type { Graph } from "../graph/types.js";
 import { probeMachine } from "../native.js";
-import { type AutoPlan, planAuto } from "../plan/auto.js";
+import { type AutoPlan, layersMerged, planAuto } from "../plan/auto.js";
 import { type Budget, showSize } from "../plan/budget.js";
 import { checkRanks } from "../plan/check-ranks.js";
 import { checkTape } from "../plan/checker.js";
@@ -151,8 +151,9 @@ interface Chosen {
 }
 
 function choosePolicy(graph: Graph, o: SettledOptions, dims: Record<string, number> | null): Chosen {
-  const alone = { graph, merged: 1, fused: 1 };
-  const resident = residentPolicy(graph, {
+  const merged = o.layersPerBlock ?? 1;
+  const alone = { graph: layersMerged(graph, merged), merged, fused: 1 };
+  const resident = residentPolicy(alone.graph, {
     microBatches: o.gradientAccumulationSteps,
     schedule: o.order ?? (o.ranks === null ? undefined : "breadthFirst"),
     recompute: o.recompute ?? undefined,
@@ -166,12 +167,12 @@ function choosePolicy(graph: Graph, o: SettledOptions, dims: Record<string, numb
   if (o.plan === null) return { ...alone, policy: streamed(resident, o.offload as "host" | "disk", o, dims) };
   const found = searchPlan(graph, o, dims);
   if (found !== null) {
-    const recompute = o.recompute ?? found.policy.recompute;
-    const { graph: planned, blocksMerged: merged, report } = found;
-    return { policy: { ...found.policy, recompute }, graph: planned, merged, fused: report.microBatch.fused };
+    const { policy, graph: planned, blocksMerged: merged, report } = found;
+    return { policy, graph: planned, merged, fused: report.microBatch.fused };
   }
   // On a CPU the planner knows memory alone; beyond it everything lives on the disk.
-  const policy = { ...resident, recompute: "all", update: o.clip === "global" ? "forward" : "backward" } as const;
+  const recompute = o.recompute ?? "all";
+  const policy: Policy = { ...resident, recompute, update: o.clip === "global" ? "forward" : "backward" };
   return { ...alone, policy: streamed(policy, "disk", o, dims) };
 }
 
@@ -231,6 +232,8 @@ function searchPlan(graph: Graph, o: SettledOptions, dims: Record<string, number
       gradientAccumulationSteps: o.gradientAccumulationSteps,
       state: stateFormat(o),
       clip: o.clip,
+      recompute: o.recompute ?? undefined,
+      layersPerBlock: o.layersPerBlock ?? undefined,
       profile: profileOf(o),
       budget: o.device === "cpu" ? { ...budget, hostBytes: 0, diskBytes: 0 } : budget,
     });

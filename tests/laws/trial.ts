@@ -26,7 +26,8 @@ export function randomPolicy(next: () => number, c: LawCase): Policy {
     const list = Array.from({ length: 5 }, () => pick(next, SPACES));
     return (b) => list[b % list.length]!;
   };
-  const recompute = next() < 0.75 ? "all" : "none";
+  const kind = next();
+  const recompute = kind < 0.45 ? "all" : kind < 0.75 ? "selective" : "none";
   return {
     update: pick(next, c.clip === "global" ? ["end", "forward"] : ["end", "backward", "forward"]),
     schedule: pick(next, ["breadthFirst", "breadthFirst", "depthFirst"]),
@@ -123,6 +124,7 @@ const simplifications: ((t: Trial) => Trial | null)[] = [
   (t) => policed(t, { prefetch: 1 }),
   (t) => policed(t, { parts: 1 }),
   (t) => policed(t, { update: "end" }),
+  (t) => policed(t, { recompute: "all" }),
   (t) => policed(t, { recompute: "none" }),
   (t) => policed(t, { schedule: "depthFirst" }),
   (t) => (t.sim.adversary === null ? null : { ...t, sim: { ...t.sim, adversary: null } }),
@@ -149,6 +151,7 @@ function policed(t: Trial, change: Partial<Policy>): Trial | null {
   const [[key, value]] = Object.entries(change) as [[keyof Policy, string | number]];
   const now = t.policy[key];
   if (now === value) return null;
+  if (key === "recompute" && now === "none") return null;
   if ((key === "boundary" || key === "prefetch") && rank(now as number) <= rank(value as number)) return null;
   return { ...t, policy: { ...t.policy, ...change } };
 }

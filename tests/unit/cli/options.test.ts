@@ -116,6 +116,7 @@ describe("the options, declared once", () => {
           "--disk",
           "--disk-folder",
           "--recompute",
+          "--layers-per-block",
           "--update",
           "--order",
           "--ranks",

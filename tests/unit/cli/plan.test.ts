@@ -51,6 +51,15 @@ describe("stroma plan", () => {
     expect(text).toMatch(/forward model\.layers\.0 #0 {2}d@\d+ .*-> d@\d+/);
   });
 
+  it("plans only with the recompute and the layers a block that are asked for", () => {
+    const text = (more: object) =>
+      plan(given({ "device-memory": "24GB", "host-memory": "1GB", profile: "a5000", ...more }), null);
+    expect(text({})).toContain("Autograd graphs are kept.");
+    expect(text({ recompute: "selective" })).toContain("but for results of products and attention, which are kept.");
+    const merged = text({ recompute: "all", "layers-per-block": 2 });
+    expect(merged).toMatch(/Forwards run again in the backward\. 2 layers make a block \(4 blocks\)\./);
+  });
+
   it("takes this machine's budgets: the card's memory, and the container's limit before the machine's", () => {
     expect(plan(given(), machine(8e9, [card]))).toMatch(/\(24 GB\)[\s\S]*\(8 GB\)[\s\S]*predicted on a5000/);
     expect(plan(given(), machine(8e9))).toMatch(/^memory .*usable \(8 GB\)$/m);
@@ -67,6 +76,7 @@ describe("stroma plan", () => {
     [{ devices: 2 }, /expected --devices 1, got 2: more than one card is not there yet/],
     [{ "device-memory": "many" }, /expected --device-memory to be a size like 24GB/],
     [{ "sequence-length": 0 }, /expected --sequence-length to be a whole number of at least 1/],
+    [{ "layers-per-block": 0 }, /expected --layers-per-block to be a whole number of at least 1/],
     [{ profile: "a5000" }, /no card is here whose memory could be read. Say --device-memory/],
     [{ model: "none-such" }, /there is no preset/],
   ])("refuses %o", (more, message) => {

@@ -347,7 +347,7 @@ class Play {
         let inputs = this.inputs(i, read);
         const key = `${i.block} ${i.microBatch}`;
         if (i.op === "backward") {
-          if (this.tape.recompute === "none" && this.kept.get(key) !== inputs) inputs = term("lost graph", key);
+          if (this.tape.recompute !== "all" && this.kept.get(key) !== inputs) inputs = term("lost graph", key);
           const gradients = i.dOut.map((p, o) => (p < 0 ? 0 : read(p, this.boundaryBytes(i.block, o))));
           inputs = term("back", inputs, ...gradients);
         } else this.losses.set(key, term("loss", inputs));

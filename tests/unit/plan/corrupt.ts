@@ -33,7 +33,7 @@ export function randomPolicy(pick: Pick): Policy {
   );
   return {
     schedule: of("depthFirst", "breadthFirst", "breadthFirst"),
-    recompute: of("all", "all", "none"),
+    recompute: of("all", "selective", "none"),
     update: of("end", "backward", "forward", "forward"),
     clip: of("none", "block", "global"),
     state,

@@ -12,7 +12,7 @@ const planned = fc.record({
   graph: randomGraph,
   microBatches: fc.integer({ min: 1, max: 4 }),
   schedule: fc.constantFrom(...schedules),
-  recompute: fc.constantFrom<Recompute>("all", "none"),
+  recompute: fc.constantFrom<Recompute>("all", "none", "selective"),
 });
 const tiny = findModel("tiny").graph();
 
@@ -34,7 +34,7 @@ describe("the resident planner", () => {
   it("computes the same sums in the same order depth-first and breadth-first", () => {
     fc.assert(
       fc.property(randomGraph, fc.integer({ min: 1, max: 4 }), (graph, microBatches) => {
-        for (const recompute of ["all", "none"] as const) {
+        for (const recompute of ["all", "none", "selective"] as const) {
           const [deep, broad] = schedules.map((schedule) =>
             replay(graph, planResident(graph, { microBatches, schedule, recompute })),
           );
@@ -72,7 +72,7 @@ describe("the resident planner", () => {
     }
   });
 
-  it("keeps autograd graphs exactly when nothing is recomputed", () => {
+  it("keeps graphs or dear results unless all is recomputed", () => {
     const keeps = (recompute: Recompute) =>
       new Set(
         planResident(tiny, { microBatches: 2, recompute }).instructions.flatMap((i) =>
@@ -80,6 +80,7 @@ describe("the resident planner", () => {
         ),
       );
     expect(keeps("none")).toEqual(new Set([true]));
+    expect(keeps("selective")).toEqual(new Set([true]));
     expect(keeps("all")).toEqual(new Set([false]));
   });
 

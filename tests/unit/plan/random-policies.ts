@@ -23,7 +23,7 @@ const homes: fc.Arbitrary<Policy["param"]> = fc.oneof(
 export const policies: fc.Arbitrary<Policy> = fc
   .record<Policy>({
     schedule: fc.constantFrom("depthFirst", "breadthFirst", "breadthFirst"),
-    recompute: fc.constantFrom("all", "all", "none"),
+    recompute: fc.constantFrom("all", "selective", "none"),
     update: fc.constantFrom("end", "backward", "forward"),
     clip: fc.constantFrom("none", "block", "global"),
     state: fc.constantFrom<Policy["state"]>(

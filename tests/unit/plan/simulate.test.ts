@@ -11,8 +11,9 @@ import { measuredFile, readMeasured, storeMeasured } from "../../../src/plan/mea
 import { passWorkspace } from "../../../src/plan/memory.js";
 import { mergeBlocks } from "../../../src/plan/merge-blocks.js";
 import { findProfile, type MachineProfile, profileNames, profileOfCard } from "../../../src/plan/profiles.js";
+import { keptOf } from "../../../src/plan/selective.js";
 import { simulate, tapePeaks } from "../../../src/plan/simulate.js";
-import type { CopyQueue, Instruction, Tape } from "../../../src/plan/types.js";
+import type { CopyQueue, Instruction, Recompute, Tape } from "../../../src/plan/types.js";
 import { type Policy, writeTape } from "../../../src/plan/write-tape.js";
 
 const tiny = findModel("tiny").graph({ mode: "train" });
@@ -115,7 +116,14 @@ describe("the simulation", () => {
 });
 
 describe("costs of instructions", () => {
-  const model = (recompute: "all" | "none") => new CostModel(tiny, { state: policy.state, recompute }, dims, round);
+  const kept = keptOf(tiny, dims);
+  const model = (recompute: Recompute) =>
+    new CostModel(
+      tiny,
+      { state: policy.state, recompute, ...(recompute === "selective" ? { kept } : {}) },
+      dims,
+      round,
+    );
   const { step } = writeTape(tiny, policy);
   const backward = step.instructions.find((i) => i.op === "backward" && i.first)!;
   const later = step.instructions.find(
@@ -130,6 +138,10 @@ describe("costs of instructions", () => {
     const kept = model("none").of(backward).flops;
     const once = model("all").of(forward).flops;
     expect(ran - kept).toBe(once);
+    // Without products and attention, a forward is a few operations an element.
+    const cheap = model("selective").of(backward).flops - kept;
+    expect(cheap).toBeGreaterThan(0);
+    expect(cheap).toBeLessThan(once / 20);
     expect(once).toBe(graphCost(tiny, dims).blocks[(backward as { block: number }).block]!.forwardFlops);
   });
 
@@ -168,6 +180,19 @@ describe("peaks of a tape", () => {
       tapePeaks(tiny, writeTape(tiny, { ...kept, microBatches, schedule }).step, "cuda").workspaceBytes;
     expect(peak(3, "breadthFirst") - peak(2, "breadthFirst")).toBe(all);
     expect(peak(3, "depthFirst")).toBe(peak(2, "depthFirst"));
+  });
+
+  it("count kept results until their backward, fewer bytes than graphs", () => {
+    const resident: Policy = { ...policy, recompute: "selective", param: "device", optimizer: "device" };
+    const written = (microBatches: number) => writeTape(tiny, { ...resident, microBatches }).step;
+    const { kept } = written(3);
+    const results = (b: number) => passWorkspace(tiny, b, dims, { kept }).kept;
+    const blocks = [...tiny.blocks.keys()].slice(0, -1);
+    const all = blocks.reduce((n, b) => n + results(b), 0);
+    const peak = (microBatches: number) => tapePeaks(tiny, written(microBatches), "cuda").workspaceBytes;
+    expect(peak(3) - peak(2)).toBe(all);
+    for (const b of blocks) expect(results(b)).toBeLessThan(passWorkspace(tiny, b, dims).kept);
+    expect(results(1)).toBeGreaterThan(0);
   });
 
   it("count boundaries in slots at their size", () => {

@@ -120,6 +120,8 @@ describe("how state is stored and where it lives", () => {
     [{ plan: "auto", update: "end" }, "plan auto chooses it"],
     [{ deviceMemory: "1GB", recompute: "none" }, "plan auto chooses it"],
     [{ offload: "disk", recompute: "none" }, "takes them away between passes"],
+    [{ recompute: "some" }, "one of all, none, selective"],
+    [{ layersPerBlock: 0 }, "a whole number of at least 1"],
     [{ deviceMemory: "much" }, "deviceMemory to be a size"],
     [{ deviceMemory: 0 }, "a size above 0"],
     [{ optimizer: "lion" }, "one of adamw, adamw8bit"],
@@ -145,6 +147,16 @@ describe("how state is stored and where it lives", () => {
       { plan: "resident", offload: "none", deviceMemory: 2 ** 33 },
     ],
     [{ offload: "disk" }, { plan: null, update: "forward", recompute: "all", order: "breadthFirst" }],
+    [
+      { offload: "disk", recompute: "selective", layersPerBlock: 2 },
+      { plan: null, recompute: "selective", layersPerBlock: 2 },
+    ],
+    [{}, { layersPerBlock: 1 }],
+    [{ plan: "auto" }, { layersPerBlock: null, recompute: null }],
+    [
+      { plan: "auto", recompute: "selective", layersPerBlock: 2 },
+      { recompute: "selective", layersPerBlock: 2 },
+    ],
     [{ offload: "disk", clip: "block" }, { update: "backward" }],
     [
       { offload: "none", plan: "auto", recompute: "all" },

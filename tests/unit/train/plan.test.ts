@@ -52,6 +52,22 @@ test("a model of other dims trains resident, and is refused where sizes are need
   expect(() => planTraining(other, settled({ offload: "disk" }))).toThrow("other dims than B and T");
 });
 
+test("what is computed again and layers a block are the user's, or the plan's", () => {
+  const still = { model: { config: { ...REAL.model.config, dropout: 0 } } };
+  for (const where of [{}, { plan: "auto" }, { offload: "disk" }] as const) {
+    const o = settled({ ...where, ...still, recompute: "selective", layersPerBlock: 2 });
+    const plan = planTraining(graphOf(o), o);
+    const { step } = plan.tapes(o.gradientAccumulationSteps / plan.facts.fused);
+    expect(plan.facts).toMatchObject({ recompute: "selective", blocksMerged: 2 });
+    expect(plan.graph.blocks.length).toBe(graphOf(o).blocks.length - 1);
+    expect(step.kept!.values.flat().length).toBeGreaterThan(0);
+    expect(plan.summary).toContain("recompute selective");
+    expect(plan.summary).toContain("2 layers a block");
+  }
+  const dropping = settled({ layersPerBlock: 2 });
+  expect(() => planTraining(graphOf(dropping), dropping)).toThrow("no two blocks of decoder can be one");
+});
+
 test("what rounds otherwise after a resume is told, another place is not", () => {
   const o = settled({});
   const { facts } = planTraining(graphOf(o), o);
