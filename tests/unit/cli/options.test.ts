@@ -149,6 +149,7 @@ describe("the options, declared once", () => {
       "learningRateSchedule",
       "microBatchSize",
       "outputDir",
+      "ranks", // their number here, which rank this is there
       "validationShare",
       "packing",
       "onBadSource",
