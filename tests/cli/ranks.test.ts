@@ -2,16 +2,15 @@
  * Several ranks as a user runs them, and what happens when one is lost: the others end within seconds and name it, the
  * last checkpoint is whole, and any number of ranks goes on from it. STROMA_KILLS sets how many are killed.
  */
-import { type ChildProcess, spawn } from "node:child_process";
 import { existsSync, readFileSync } from "node:fs";
 import { mkdtemp, readdir, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
-import { join, resolve } from "node:path";
+import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { openCheckpoint, verifyCheckpoint } from "../../src/checkpoint/read.js";
 import { Draws } from "../../src/data/planets/philox.js";
 import { nativeOrSkip } from "../support/native.js";
-import { SPAWN } from "./spawn.js";
+import { type Running, start } from "./spawn.js";
 
 const native = nativeOrSkip();
 const KILLS = Number(process.env.STROMA_KILLS ?? 4);
@@ -25,20 +24,18 @@ afterAll(() => rm(root, { recursive: true, force: true }));
 const ARGS = ["--batch-size", "4", "--micro-batch-size", "1", "--sequence-length", "64", "--learning-rate", "0.001"];
 
 interface Run {
-  child: ChildProcess;
+  child: Running["child"];
   text(): string;
-  ended: Promise<{ status: number | null; signal: string | null }>;
+  ended: Promise<{ status: number | null }>;
 }
 function train(outputDir: string, more: string[]): Run {
-  const [command, ...first] = SPAWN as [string, ...string[]];
-  const args = [...first, "train", ...ARGS, "--output-dir", outputDir, ...more];
-  const child = spawn(command, args, { stdio: ["ignore", "pipe", "pipe"], cwd: resolve(import.meta.dirname, "../..") });
+  const running = start(["train", ...ARGS, "--output-dir", outputDir, ...more]);
   let text = "";
-  for (const stream of [child.stdout!, child.stderr!]) stream.on("data", (chunk) => (text += chunk));
-  const ended = new Promise<{ status: number | null; signal: string | null }>((done) =>
-    child.on("close", (status, signal) => done({ status, signal })),
-  );
-  return { child, text: () => text, ended };
+  for (const stream of [running.child.stdout!, running.child.stderr!])
+    stream.on("data", (chunk) => {
+      text += chunk;
+    });
+  return { child: running.child, text: () => text, ended: running.ended.then(({ code }) => ({ status: code })) };
 }
 
 /** Processes of a run by their rank, from the environment that the launcher gave them. */
@@ -78,7 +75,7 @@ describe.skipIf(!native)("stroma train --ranks", () => {
 
   test(`survives ${KILLS} kills of a rank at any instant`, { timeout: 60_000 + KILLS * 60_000 }, async () => {
     const outputDir = join(root, "killed");
-    const draws = new Draws(SEED, [0]);
+    const draws = new Draws(SEED, 0, 0);
     for (let kill = 0; kill < KILLS; kill++) {
       const ranks = 2 + (kill % 2);
       const run = train(outputDir, [
