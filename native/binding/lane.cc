@@ -33,6 +33,7 @@ struct Lane::Job {
   std::function<Finish()> work;
   Finish finish;
   std::optional<ErrorInfo> error;
+  std::shared_ptr<Lane> lane;  // while the result is on its way
 };
 
 Lane::Lane(Napi::Env env, const char* name, std::function<void()> on_start, std::function<void()> on_stop)
@@ -47,7 +48,7 @@ Lane::Lane(Napi::Env env, const char* name, std::function<void()> on_start, std:
 Napi::Value Lane::post(const Napi::CallbackInfo& info, std::function<Finish()> work) {
   const Napi::Env env = info.Env();
   auto* job = new Job{
-      Napi::Promise::Deferred::New(env), Napi::Persistent(info.This().As<Napi::Object>()), std::move(work), {}, {}};
+      Napi::Promise::Deferred::New(env), Napi::Persistent(info.This().As<Napi::Object>()), std::move(work), {}, {}, {}};
   const Napi::Promise promise = job->deferred.Promise();
   if (pending_++ == 0) deliver_.Ref(env);
   worker_.post([this, job, self = shared_from_this()]() mutable {
@@ -57,9 +58,13 @@ Napi::Value Lane::post(const Napi::CallbackInfo& info, std::function<Finish()> w
       job->error = describe(std::current_exception());
     }
     job->work = nullptr;
-    // The lane lives until its last result has been told, also when its session is garbage by then.
-    deliver_.NonBlockingCall(
-        job, [lane = std::move(self)](Napi::Env on, Napi::Function, Job* done) { lane->settle(on, done); });
+    // The lane lives until its last result has been told, also when its session is garbage by then; and the last to let
+    // go of it is JavaScript's thread, since this one cannot wait for its own end.
+    job->lane = std::move(self);
+    deliver_.NonBlockingCall(job, [](Napi::Env on, Napi::Function, Job* done) {
+      const std::shared_ptr<Lane> lane = std::move(done->lane);
+      lane->settle(on, done);
+    });
   });
   return promise;
 }
