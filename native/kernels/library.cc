@@ -17,4 +17,13 @@ TORCH_LIBRARY(stroma, m) {
       "int ignore_index) -> Tensor");
   m.def("dropout(Tensor x, float p, Tensor key, int site) -> Tensor");
   m.def("dropout_apply(Tensor x, float p, Tensor key, int site) -> Tensor");
+  m.def(
+      "ring_attention(Tensor q, Tensor k, Tensor v, Tensor? document_ids, bool is_causal, float? scale, str group, "
+      "float dropout_p=0.0) -> Tensor");
+  m.def(
+      "all_to_all_attention(Tensor q, Tensor k, Tensor v, Tensor? document_ids, bool is_causal, float? scale, "
+      "str group, float dropout_p=0.0) -> Tensor");
+  m.def("sequence_positions(int tokens, int rank, int ranks, bool zigzag) -> Tensor");
+  m.def("split_sequence(Tensor x, int dim, int rank, int ranks, bool zigzag) -> Tensor");
+  m.def("merge_sequence(Tensor[] shares, int dim, bool zigzag) -> Tensor");
 }
