@@ -10,6 +10,7 @@
 // Less than the ring's (R - 1) K (H + V) once R is large against N / K, but none of it hidden behind arithmetic.
 // Memory: like the unsplit attention's of N / R heads, which falls as 1 / R; a document mask [B, T, T] does not.
 #include <ATen/Functions.h>
+#include <ATen/OpMathType.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -107,7 +108,15 @@ at::Tensor all_to_all_attention(const at::Tensor& q, const at::Tensor& k, const 
     const std::vector<at::Tensor> own(ranks, *a.document_ids);
     a.document_ids = merge_sequence(exchange(peers, own, kDocumentsTag), 1, is_causal);
   }
-  return Exchange::apply(whole_attention(a), false, is_causal, group);
+  // On CPU in fp32, as a pair of the ring: gradients of repeated heads are summed after each was rounded.
+  const auto dtype = q.scalar_type();
+  if (q.is_cpu()) {
+    const auto wide = at::toOpMathType(dtype);
+    a.q = a.q.to(wide);
+    a.k = a.k.to(wide);
+    a.v = a.v.to(wide);
+  }
+  return Exchange::apply(whole_attention(a).to(dtype), false, is_causal, group);
 }
 
 }  // namespace
