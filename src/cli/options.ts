@@ -9,6 +9,7 @@ import type { Options as YargsOption } from "yargs";
 import { z } from "zod";
 import { invalidArgument, StromaError } from "../errors.js";
 import { SCHEDULE_KINDS } from "../optim/schedules.js";
+import { STAGE_RULES } from "../plan/stages.js";
 import { SCHEDULES as ORDERS } from "../plan/types.js";
 import { MAX_THREADS } from "../train/options.js";
 
@@ -390,6 +391,12 @@ export const trainOptions = {
     default: DEFAULT_RANK_TIMEOUT,
     example: "60",
   }),
+  stages: choice(
+    RANKS,
+    STAGE_RULES,
+    "Which blocks a rank has: dealt out in turn, or a stretch of neighbours (with --order oneForwardOneBackward)",
+    "alternating",
+  ),
   distributed: alias("--gpus with all cards of this machine"),
   use8bitOptimizer: alias("--optimizer adamw8bit"),
   useMixedPrecision: alias("--precision bfloat16"),

@@ -15,7 +15,7 @@ import type { Stages } from "./types.js";
  * wait for each other, so it is for the schedules that keep several micro-batches under way.
  */
 export type StageRule = "alternating" | "contiguous";
-export const STAGE_RULES: readonly StageRule[] = ["alternating", "contiguous"];
+export const STAGE_RULES = ["alternating", "contiguous"] as const satisfies readonly StageRule[];
 
 /** Blocks that share a parameter (tied embeddings) go where the first of them is. Throws CONFIG for too many ranks. */
 export function assignStages(graph: Graph, ranks: number, rule: StageRule = "alternating"): number[] {

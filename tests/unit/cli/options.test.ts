@@ -123,6 +123,7 @@ describe("the options, declared once", () => {
           "--gpus",
           "--restart",
           "--rank-timeout",
+          "--stages",
           "--distributed",
           "--use-8bit-optimizer",
           "--use-mixed-precision",
