@@ -85,14 +85,16 @@ const BOUND = {
   hostToDevice: "the link to the device",
   deviceToHost: "the link from the device",
   disk: "the disk",
+  rankLink: "the link between cards",
 } as const;
 
 function howText({ report, policy, blocksMerged, graph }: AutoPlan): string {
   const { order, update, microBatch } = report;
-  const how =
-    order === "breadthFirst"
-      ? "The whole batch passes through a block before the next is fetched"
-      : "Each micro-batch passes through all blocks";
+  const how = {
+    breadthFirst: "The whole batch passes through a block before the next is fetched",
+    depthFirst: "Each micro-batch passes through all blocks",
+    oneForwardOneBackward: "Each micro-batch passes through all blocks, several on different cards at once",
+  }[order];
   const fused = microBatch.fused > 1 ? `, ${microBatch.fused} micro-batches at once` : "";
   const updated = {
     end: "updated after all backwards",

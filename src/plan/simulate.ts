@@ -11,7 +11,7 @@ import type { MachineProfile } from "./profiles.js";
 import type { Queue, Tape } from "./types.js";
 import { lineOf, queueOf } from "./waits.js";
 
-export type BoundBy = "compute" | "memory" | "hostToDevice" | "deviceToHost" | "disk";
+export type BoundBy = "compute" | "memory" | "hostToDevice" | "deviceToHost" | "disk" | "rankLink";
 
 export interface Simulation {
   seconds: number;
@@ -110,8 +110,10 @@ export class Tally {
 /** The busiest queue; compute is bound by memory where most of it moves bytes. */
 function boundBy(busy: Record<Queue, number>, memorySeconds: number): BoundBy {
   const disk = Math.max(busy.load, busy.save);
-  const most = Math.max(busy.compute, busy.in, busy.out, disk);
+  const between = Math.max(busy.send, busy.receive);
+  const most = Math.max(busy.compute, busy.in, busy.out, disk, between);
   if (most === busy.compute) return memorySeconds > busy.compute / 2 ? "memory" : "compute";
+  if (most === between) return "rankLink";
   return most === busy.in ? "hostToDevice" : most === busy.out ? "deviceToHost" : "disk";
 }
 
