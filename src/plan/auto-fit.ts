@@ -191,7 +191,7 @@ class Fitting {
   /** Where the link makes the device wait, as much as the device still holds. */
   private fill(fitting: Attempt): Attempt {
     const { seconds } = fitting.simulation!;
-    if (this.shape.far === "device" || meanBubble(fitting.simulation!) < 0.02) return fitting;
+    if (this.shape.far === "device" || !waitsForCopies(fitting)) return fitting;
     const before = structuredClone(this.homes);
     for (const from of ["host", "disk"] as const) {
       const room = { device: this.deviceRoom(fitting), host: 0, disk: 0 };
@@ -234,6 +234,15 @@ class Fitting {
     const written = { policy, tapes, peaks };
     return { ...attempt, written, peaks: together, simulation, over: excess(together, limits) };
   }
+}
+
+/** Whether a device stands still, and its copies, not other devices, may be why. */
+export function waitsForCopies({ simulation }: Attempt): boolean {
+  if (meanBubble(simulation!) <= 0.02) return false;
+  const { ranks } = simulation!;
+  return (
+    ranks.length === 1 || ranks.some(({ busySeconds: b }) => Math.max(b.in, b.out, b.load, b.save) > b.compute / 2)
+  );
 }
 
 /** The tapes of every rank of a policy; one without stages. */

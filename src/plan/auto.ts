@@ -10,12 +10,12 @@
 import { StromaError } from "../errors.js";
 import type { Graph } from "../graph/types.js";
 import { addPlacements, describePlacement, type PlacementTable } from "./auto-describe.js";
-import { type Attempt, fitShape, leastOver, type RankTapes, type Shape, saved } from "./auto-fit.js";
+import { type Attempt, fitShape, leastOver, type RankTapes, type Shape, saved, waitsForCopies } from "./auto-fit.js";
 import { type Budget, showSize, usable } from "./budget.js";
 import { mergeBlocks } from "./merge-blocks.js";
 import type { MachineProfile } from "./profiles.js";
 import type { BoundBy, Simulation, TapePeaks } from "./simulate.js";
-import { meanBubble, type RankSimulation } from "./simulate-ranks.js";
+import type { RankSimulation } from "./simulate-ranks.js";
 import { assignStages, isContiguous, type StageRule } from "./stages.js";
 import type { Clip, Recompute, RetainedDType, Schedule, Stages, StateFormat, UpdateOrder } from "./types.js";
 import type { Policy, Space3 } from "./write-tape.js";
@@ -326,9 +326,9 @@ export class Search {
   }
 
   /** Where the device waits, fetching two visits ahead may hide it. */
-  private earlier({ shape, simulation }: Attempt): void {
-    if (shape.prefetch === 1 && shape.far !== "device" && meanBubble(simulation!) > 0.02)
-      this.try({ ...shape, prefetch: 2 });
+  private earlier(attempt: Attempt): void {
+    const { shape } = attempt;
+    if (shape.prefetch === 1 && shape.far !== "device" && waitsForCopies(attempt)) this.try({ ...shape, prefetch: 2 });
   }
 
   private tokens(): number {
