@@ -76,12 +76,12 @@ export function planRanksAuto(graph: Graph, request: RanksRequest): RanksPlan {
   );
   const { rule, search, best } = first!;
   const plan = search.result();
-  const faster = (tokensPerSecond: number) => `${(best.tokensPerSecond / tokensPerSecond).toFixed(2)} x slower`;
+  const times = (tokensPerSecond: number) => `${(best.tokensPerSecond / tokensPerSecond).toFixed(2)} x slower`;
   const alternatives: Alternative[] = [
     ...others.map(({ rule, best: other }) => ({
       plan: `${rule} stages: ${other.label}`,
       fits: other.over === null,
-      why: other.over?.why ?? slowerStages(rule, faster(other.tokensPerSecond)),
+      why: other.over?.why ?? slowerStages(rule, times(other.tokensPerSecond)),
       peakDeviceBytes: other.peaks?.deviceBytes ?? null,
       peakHostBytes: other.peaks?.hostBytes ?? null,
       predictedTokensPerSecond: other.simulation === null ? null : other.tokensPerSecond,
@@ -90,7 +90,9 @@ export function planRanksAuto(graph: Graph, request: RanksRequest): RanksPlan {
       plan: "one card",
       fits: alone.report.fits,
       why: alone.report.fits
-        ? `${faster(alone.report.predictedTokensPerSecond)}: one card does all the work`
+        ? alone.report.predictedTokensPerSecond > best.tokensPerSecond
+          ? "faster: a step is too small for so many cards"
+          : `${times(alone.report.predictedTokensPerSecond)}: one card does all the work`
         : `does not fit: ${alone.missing!.cure}`,
       peakDeviceBytes: alone.report.peakDeviceBytes,
       peakHostBytes: alone.report.peakHostBytes,
