@@ -62,19 +62,9 @@ export interface RanksPlan extends AutoPlan {
 /** Throws CONFIG for a request that makes no sense or more devices than blocks, TAPE for a graph that does not train. */
 export function planRanksAuto(graph: Graph, request: RanksRequest): RanksPlan {
   const { devices } = request;
-  if (!Number.isSafeInteger(devices) || devices < 2)
-    throw new StromaError("CONFIG", `[plan] expected devices to be a whole number of at least 2, got ${devices}`);
-  const alone = planAuto(graph, request);
-  const rules = request.stages === undefined ? STAGE_RULES : [request.stages];
-  const tried = rules.map((rule) => {
-    const search = searched(graph, request, { ranks: devices, rule });
-    return { rule, search, best: search.chosen() };
-  });
-  const [first, ...others] = tried.toSorted(
-    (a, b) =>
-      Number(a.best.over !== null) - Number(b.best.over !== null) || b.best.tokensPerSecond - a.best.tokensPerSecond,
-  );
+  const [first, ...others] = rulesTried(graph, request);
   const { rule, search, best } = first!;
+  const alone = planAuto(graph, request);
   const plan = search.result();
   const times = (tokensPerSecond: number) => `${(best.tokensPerSecond / tokensPerSecond).toFixed(2)} x slower`;
   const alternatives: Alternative[] = [
@@ -109,6 +99,30 @@ export function planRanksAuto(graph: Graph, request: RanksRequest): RanksPlan {
     ...plan.report.alternatives,
   ];
   return { ...plan, report: ranksReport(plan, devices, rule, alternatives) };
+}
+
+/**
+ * As `planRanksAuto`, for a trainer that is rank `rank`: its policy and tapes, without the report of alternatives. All ranks
+ * find the same plan if their requests, budgets included, are the same. Throws as `planRanksAuto`.
+ */
+export function planForRank(graph: Graph, request: RanksRequest, rank: number): AutoPlan {
+  const plan = rulesTried(graph, request)[0]!.search.result();
+  const mine = plan.ranks[rank];
+  if (mine === undefined) throw new StromaError("CONFIG", `[plan] there is no rank ${rank} of ${request.devices}`);
+  const policy = { ...plan.policy, stages: { ...plan.policy.stages!, rank } };
+  return { ...plan, policy, tapes: mine.tapes, simulation: mine.simulation };
+}
+
+/** Searched by each rule, the one to take first. */
+function rulesTried(graph: Graph, { devices, stages, ...request }: RanksRequest) {
+  if (!Number.isSafeInteger(devices) || devices < 2)
+    throw new StromaError("CONFIG", `[plan] expected devices to be a whole number of at least 2, got ${devices}`);
+  const tried = (stages === undefined ? STAGE_RULES : [stages]).map((rule) => {
+    const search = searched(graph, request, { ranks: devices, rule });
+    return { rule, search, best: search.chosen() };
+  });
+  const misfit = ({ best }: (typeof tried)[number]) => best.over?.bytes ?? 0;
+  return tried.toSorted((a, b) => misfit(a) - misfit(b) || b.best.tokensPerSecond - a.best.tokensPerSecond);
 }
 
 const slowerStages = (rule: StageRule, by: string): string =>

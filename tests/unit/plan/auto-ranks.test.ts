@@ -1,9 +1,10 @@
 import { describe, expect, it } from "vitest";
 import { findModel } from "../../../src/models/registry.js";
 import { planAuto } from "../../../src/plan/auto.js";
-import { planRanksAuto, type RanksRequest } from "../../../src/plan/auto-ranks.js";
+import { planForRank, planRanksAuto, type RanksRequest } from "../../../src/plan/auto-ranks.js";
 import { checkRanks } from "../../../src/plan/check-ranks.js";
 import { findProfile } from "../../../src/plan/profiles.js";
+import { writeTape } from "../../../src/plan/write-tape.js";
 
 describe("13 billion parameters over two 24 GB cards and 64 GB, 32 x 1 x 512, exact clip", () => {
   const astro = findModel("astro-13b").graph({ mode: "train", dtype: "bfloat16" });
@@ -87,6 +88,15 @@ describe("small models over several devices", () => {
   it("keep to the stages asked for: contiguous ones run one forward, one backward", () => {
     const { report } = planRanksAuto(tiny, { ...request, stages: "contiguous" });
     expect(report).toMatchObject({ stages: "contiguous", order: "oneForwardOneBackward" });
+  });
+
+  it("give each rank its policy and tapes", () => {
+    const { ranks, policy } = planRanksAuto(tiny, request);
+    const mine = planForRank(tiny, request, 1);
+    expect(mine.tapes).toEqual(ranks[1]!.tapes);
+    expect(mine.policy.stages).toEqual({ ...policy.stages, rank: 1 });
+    expect(writeTape(mine.graph, mine.policy)).toEqual(mine.tapes);
+    expect(() => planForRank(tiny, request, 2)).toThrow(/there is no rank 2 of 2/);
   });
 
   it.each([1, 0, 2.5, 7])("refuse %d devices", (devices) => {
