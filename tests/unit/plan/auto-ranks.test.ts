@@ -30,7 +30,7 @@ describe("13 billion parameters over two 24 GB cards and 64 GB, 32 x 1 x 512, ex
     expect(report.peakHostBytes).toBe(report.perRank.reduce((sum, r) => sum + r.peakHostBytes, 0));
     expect(plan.policy.retainedDType).toBe("bfloat16");
     // Processor time: the machine may be shared.
-    expect(seconds).toBeLessThan(8);
+    expect(seconds).toBeLessThan(5);
   });
 
   it("takes alternating stages, at 1.8 times the speed of one card and of contiguous ones at the least", () => {
