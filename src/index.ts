@@ -51,6 +51,7 @@ export { ADAMW_DEFAULTS, type AdamWOptions } from "./optim/adamw.js";
 export { type LearningRateSchedule, learningRateAt, type ScheduleKind } from "./optim/schedules.js";
 // The engine itself, for those who schedule their own steps
 export { type AutoPlan, type PlanReport, type PlanRequest, planAuto } from "./plan/auto.js";
+export { planForRank, planRanksAuto, type RanksPlan, type RanksReport, type RanksRequest } from "./plan/auto-ranks.js";
 export { type CheckOptions, checkTape } from "./plan/checker.js";
 export { type PlanOptions, planResident } from "./plan/planner.js";
 export { findProfile, type MachineProfile, profileNames } from "./plan/profiles.js";

@@ -1,7 +1,9 @@
 /** How a plan reads: a table of where every byte lives, bars for card and host, time, and why not otherwise. */
-import type { AutoPlan, PlanRequest } from "../plan/auto.js";
+import type { Graph } from "../graph/types.js";
+import type { AutoPlan, PlanReport, PlanRequest } from "../plan/auto.js";
 import { PLACED_KINDS, type PlacedKind } from "../plan/auto-describe.js";
 import { showSize } from "../plan/budget.js";
+import type { Simulation } from "../plan/simulate.js";
 import type { Instruction, P, Tape } from "../plan/types.js";
 import { queueOf } from "../plan/waits.js";
 import { formatDuration, formatInteger } from "./ui/format.js";
@@ -16,12 +18,12 @@ const WORDS: Readonly<Record<PlacedKind, string>> = {
 };
 
 /** A table's and a bar's sizes; nothing is a dash. */
-const gigabytes = (bytes: number): string => (bytes === 0 ? "-" : showSize(bytes));
-const seconds = (s: number): string => (s < 1 ? `${(s * 1e3).toPrecision(3)} ms` : formatDuration(s));
+export const gigabytes = (bytes: number): string => (bytes === 0 ? "-" : showSize(bytes));
+export const seconds = (s: number): string => (s < 1 ? `${(s * 1e3).toPrecision(3)} ms` : formatDuration(s));
 
 const BAR = 40;
 
-function bar(name: string, used: number, usable: number, given: number): string {
+export function bar(name: string, used: number, usable: number, given: number): string {
   const cells = Math.min(BAR, Math.round((used / given) * BAR));
   const end = Math.min(BAR, Math.round((usable / given) * BAR));
   const free = "·".repeat(Math.max(0, end - cells));
@@ -33,21 +35,11 @@ function bar(name: string, used: number, usable: number, given: number): string 
 /** The whole answer for people. */
 export function planText(name: string, plan: AutoPlan, request: PlanRequest, notes: readonly string[]): string {
   const { report, simulation, usable } = plan;
-  const { budget, profile, state } = request;
+  const { budget, profile } = request;
   const device = profile.device === "cpu" ? "memory" : "card";
-  const parameters = plan.graph.parameters.reduce((n, p) => n + p.shape.reduce((a, b) => a * b, 1), 0);
-  const rows = (request.dims.B ?? 1) * request.gradientAccumulationSteps;
-  const tokens = rows * (request.dims.T ?? 1);
-  const master = state.masterWeight === "none" ? "" : `, ${state.masterWeight} master weights`;
+  const parameters = elements(plan);
   const lines = [
-    `${name}: ${formatInteger(parameters)} parameters in ${state.storage}${master}, ${state.optimizer}, clip ${request.clip}`,
-    `a step: ${request.gradientAccumulationSteps} micro-batches of ${request.dims.B} x ${request.dims.T} tokens, ${formatInteger(tokens)} in all`,
-    "",
-    report.fits
-      ? `It fits. ${howText(plan)}`
-      : `It does not fit: ${gigabytes(plan.missing!.bytes)} are missing. ${plan.missing!.cure}.`,
-    ...(report.fits ? [] : [`The nearest: ${howText(plan)}`]),
-    "",
+    ...heading(name, plan, request),
     ...placements(plan, device),
     "",
     bar(device, report.peakDeviceBytes, usable.deviceBytes, budget.deviceBytes),
@@ -55,7 +47,7 @@ export function planText(name: string, plan: AutoPlan, request: PlanRequest, not
     ...(budget.diskBytes > 0 ? [bar("disk", report.peakDiskBytes, usable.diskBytes, budget.diskBytes)] : []),
     "",
     `time      ${seconds(report.predictedStepSeconds)} a step, ${formatInteger(Math.round(report.predictedTokensPerSecond))} tokens/s predicted on ${profile.name}; bound by ${BOUND[report.boundBy]}`,
-    `busy      ${busyText(plan)}`,
+    `busy      ${busyText(simulation, report.predictedStepSeconds)}`,
     ...(simulation.bytesToDevice + simulation.bytesFromDevice > 0
       ? [
           `traffic   ${gigabytes(report.bytesToDevicePerStep)} to the device and ${gigabytes(report.bytesFromDevicePerStep)} from it a step; ` +
@@ -67,32 +59,58 @@ export function planText(name: string, plan: AutoPlan, request: PlanRequest, not
       : []),
     ...notes.map((note) => `note      ${note}`),
   ];
-  if (report.alternatives.length > 0) {
-    lines.push("", "Not taken:");
-    for (const { plan: what, why, peakDeviceBytes, predictedTokensPerSecond, fits } of report.alternatives) {
-      const facts = fits
-        ? ` (${gigabytes(peakDeviceBytes!)} ${device}, ${formatInteger(Math.round(predictedTokensPerSecond!))} tokens/s)`
-        : "";
-      lines.push(`  ${what}`, `      ${why}${facts}`);
-    }
-  }
-  return `${lines.join("\n")}\n`;
+  return `${[...lines, ...notTaken(report, device)].join("\n")}\n`;
 }
 
-const BOUND = {
+const elements = ({ graph }: AutoPlan): number =>
+  graph.parameters.reduce((n, p) => n + p.shape.reduce((a, b) => a * b, 1), 0);
+
+/** What is planned, and whether it fits how. */
+export function heading(name: string, plan: AutoPlan, request: PlanRequest): string[] {
+  const { report } = plan;
+  const { state, dims, gradientAccumulationSteps, clip } = request;
+  const tokens = (dims.B ?? 1) * gradientAccumulationSteps * (dims.T ?? 1);
+  const master = state.masterWeight === "none" ? "" : `, ${state.masterWeight} master weights`;
+  return [
+    `${name}: ${formatInteger(elements(plan))} parameters in ${state.storage}${master}, ${state.optimizer}, clip ${clip}`,
+    `a step: ${gradientAccumulationSteps} micro-batches of ${dims.B} x ${dims.T} tokens, ${formatInteger(tokens)} in all`,
+    "",
+    report.fits
+      ? `It fits. ${howText(plan)}`
+      : `It does not fit: ${gigabytes(plan.missing!.bytes)} are missing. ${plan.missing!.cure}.`,
+    ...(report.fits ? [] : [`The nearest: ${howText(plan)}`]),
+    "",
+  ];
+}
+
+export function notTaken({ alternatives }: PlanReport, device: string): string[] {
+  if (alternatives.length === 0) return [];
+  const lines = ["", "Not taken:"];
+  for (const { plan: what, why, peakDeviceBytes, predictedTokensPerSecond, fits } of alternatives) {
+    const facts = fits
+      ? ` (${gigabytes(peakDeviceBytes!)} ${device}, ${formatInteger(Math.round(predictedTokensPerSecond!))} tokens/s)`
+      : "";
+    lines.push(`  ${what}`, `      ${why}${facts}`);
+  }
+  return lines;
+}
+
+export const BOUND = {
   compute: "arithmetic",
   memory: "the device's memory",
   hostToDevice: "the link to the device",
   deviceToHost: "the link from the device",
   disk: "the disk",
+  rankLink: "the link between cards",
 } as const;
 
 function howText({ report, policy, blocksMerged, graph }: AutoPlan): string {
   const { order, update, microBatch } = report;
-  const how =
-    order === "breadthFirst"
-      ? "The whole batch passes through a block before the next is fetched"
-      : "Each micro-batch passes through all blocks";
+  const how = {
+    breadthFirst: "The whole batch passes through a block before the next is fetched",
+    depthFirst: "Each micro-batch passes through all blocks",
+    oneForwardOneBackward: "Each micro-batch passes through all blocks, several on different cards at once",
+  }[order];
   const fused = microBatch.fused > 1 ? `, ${microBatch.fused} micro-batches at once` : "";
   const updated = {
     end: "updated after all backwards",
@@ -110,30 +128,48 @@ function howText({ report, policy, blocksMerged, graph }: AutoPlan): string {
 
 function placements(plan: AutoPlan, device: string): string[] {
   const { placements: table, peakDeviceBytes, peakHostBytes, peakDiskBytes } = plan.report;
+  const total = { device: peakDeviceBytes, host: peakHostBytes, disk: peakDiskBytes };
   const spaces = (["device", "host", "disk"] as const).filter(
     (s) => s === "device" || PLACED_KINDS.some((k) => table[k][s] > 0),
   );
-  const total = { device: peakDeviceBytes, host: peakHostBytes, disk: peakDiskBytes };
+  return placementRows(
+    spaces.map((s) => ({
+      name: s === "device" ? device : s,
+      bytes: (kind) => table[kind][s],
+      highest: total[s],
+    })),
+  );
+}
+
+interface Column {
+  name: string;
+  bytes: (kind: PlacedKind) => number;
+  highest: number;
+}
+
+/** A table of kinds by where they are; a kind that is nowhere has no row. */
+export function placementRows(columns: readonly Column[]): string[] {
   const row = (name: string, cells: string[]) => `${name.padEnd(34)}${cells.map((c) => c.padStart(11)).join("")}`;
   return [
     row(
       "where",
-      spaces.map((s) => (s === "device" ? device : s)),
+      columns.map((c) => c.name),
     ),
-    ...PLACED_KINDS.filter((k) => spaces.some((s) => table[k][s] > 0)).map((k) =>
+    ...PLACED_KINDS.filter((k) => columns.some((c) => c.bytes(k) > 0)).map((k) =>
       row(
         WORDS[k],
-        spaces.map((s) => gigabytes(table[k][s])),
+        columns.map((c) => gigabytes(c.bytes(k))),
       ),
     ),
     row(
       "highest",
-      spaces.map((s) => gigabytes(total[s])),
+      columns.map((c) => gigabytes(c.highest)),
     ),
   ];
 }
 
-function busyText({ simulation: { seconds, busySeconds } }: AutoPlan): string {
+/** Shares of a step of `seconds`, by queue. */
+export function busyText({ busySeconds }: Simulation, seconds: number): string {
   const share = (s: number) => `${Math.round((s / seconds) * 100)} %`;
   const queues = [
     ["compute", busySeconds.compute],
@@ -141,6 +177,8 @@ function busyText({ simulation: { seconds, busySeconds } }: AutoPlan): string {
     ["from the device", busySeconds.out],
     ["disk reads", busySeconds.load],
     ["disk writes", busySeconds.save],
+    ["sending", busySeconds.send],
+    ["receiving", busySeconds.receive],
   ] as const;
   return queues
     .filter(([, s]) => s > 0)
@@ -149,9 +187,7 @@ function busyText({ simulation: { seconds, busySeconds } }: AutoPlan): string {
 }
 
 /** The tape, an instruction a line: position, milliseconds, queue, what, from and to where, after what. */
-export function tapeText(plan: AutoPlan): string {
-  const { step } = plan.tapes;
-  const { start, end } = plan.simulation;
+export function tapeText(graph: Graph, step: Tape, { start, end }: Simulation): string {
   const lines = [
     `${step.instructions.length} instructions, ${step.places.length} places; d: device, h: host, f: disk, s: slot; @ offset`,
     "",
@@ -160,20 +196,20 @@ export function tapeText(plan: AutoPlan): string {
     const queue = queueOf(at);
     const waits = at.waits.length > 0 ? `  after ${at.waits.join(", ")}` : "";
     lines.push(
-      `${String(i).padStart(6)} ${(start[i]! * 1e3).toFixed(1).padStart(10)} ${((end[i]! - start[i]!) * 1e3).toFixed(1).padStart(8)} ms  ${queue.padEnd(8)}${what(plan, step, at)}${waits}`,
+      `${String(i).padStart(6)} ${(start[i]! * 1e3).toFixed(1).padStart(10)} ${((end[i]! - start[i]!) * 1e3).toFixed(1).padStart(8)} ms  ${queue.padEnd(8)}${what(graph, step, at)}${waits}`,
     );
   }
   return `${lines.join("\n")}\n`;
 }
 
-function what(plan: AutoPlan, tape: Tape, i: Instruction): string {
+function what(graph: Graph, tape: Tape, i: Instruction): string {
   const at = (p: P) => placeText(tape, p);
   const list = (ps: readonly P[]) =>
     ps
       .filter((p) => p >= 0)
       .map(at)
       .join(" ");
-  const block = (b: number) => plan.graph.blocks[b]!.name;
+  const block = (b: number) => graph.blocks[b]!.name;
   switch (i.op) {
     case "forward":
       return `forward ${block(i.block)} #${i.microBatch}  ${list([...i.params, ...i.in])} -> ${list(i.out)}`;

@@ -2,18 +2,23 @@
 import { totalmem } from "node:os";
 import type { CommandModule } from "yargs";
 import { StromaError } from "../errors.js";
+import type { Graph } from "../graph/types.js";
 import { findModel, modelNames } from "../models/registry.js";
 import { type ProbeReport, probeMachine } from "../native.js";
 import { type AutoPlan, type PlanRequest, planAuto } from "../plan/auto.js";
+import { planRanksAuto } from "../plan/auto-ranks.js";
 import { parseSize } from "../plan/budget.js";
 import { readMeasured } from "../plan/measured.js";
 import { findProfile, type MachineProfile, profileNames, profileOfCard } from "../plan/profiles.js";
+import { STAGE_RULES, type StageRule } from "../plan/stages.js";
 import type { Recompute, StateFormat } from "../plan/types.js";
+import { ranksTapeText, ranksText } from "./plan-ranks-report.js";
 import { planText, tapeText } from "./plan-report.js";
 
 export interface PlanArguments {
   model: string;
   devices: number;
+  stages?: StageRule;
   "device-memory"?: string;
   "host-memory"?: string;
   disk: string;
@@ -28,6 +33,7 @@ export interface PlanArguments {
   "layers-per-block"?: number;
   profile?: string;
   tape?: boolean;
+  rank?: number;
   json?: boolean;
 }
 
@@ -42,7 +48,11 @@ export const planCommand: CommandModule<object, PlanArguments> = {
           demandOption: true,
           describe: `A preset (${modelNames().join(", ")}) or a Hugging Face folder or config.json`,
         },
-        devices: { type: "number", default: 1, describe: "Cards; one so far" },
+        devices: { type: "number", default: 1, describe: "Cards of this machine, each with --device-memory" },
+        stages: {
+          choices: STAGE_RULES,
+          describe: "Only plans with it: which blocks are on which of several cards. Default: the faster",
+        },
         "device-memory": {
           type: "string",
           describe: "Of the card, e.g. 24GB (1e9 each) or 24GiB (2^30). Default: this machine's",
@@ -76,6 +86,11 @@ export const planCommand: CommandModule<object, PlanArguments> = {
         },
         profile: { choices: profileNames(), describe: "Whose speed is predicted. Default: this machine's" },
         tape: { type: "boolean", conflicts: "json", describe: "Also every instruction of the step" },
+        rank: {
+          type: "number",
+          implies: "tape",
+          describe: "Of several cards, only the instructions of this one, from 0",
+        },
         json: { type: "boolean", describe: "One JSON object instead of text" },
       })
       .example("$0 plan --model tiny", "on this machine")
@@ -83,6 +98,7 @@ export const planCommand: CommandModule<object, PlanArguments> = {
         "$0 plan --model astro-13b --device-memory 24GB --host-memory 64GB --optimizer adamw8bit --master-weight none",
         "13 billion parameters on one card",
       )
+      .example("$0 plan --model astro-13b --devices 2 --device-memory 24GB --host-memory 64GB", "on two cards")
       .example("$0 plan --model 7b --device-memory 24GB --host-memory 32GB --disk 100GB", "with a disk for the rest")
       .example("$0 plan --model 1b --profile a5000 --device-memory 8GiB --tape | less", "read the schedule"),
   handler: (args) => {
@@ -90,14 +106,10 @@ export const planCommand: CommandModule<object, PlanArguments> = {
   },
 };
 
-/** The command's whole output. Throws CONFIG for an unknown model, a size that is none, or more than one device. */
+/** The command's whole output. Throws CONFIG for an unknown model or a size that is none. */
 export function plan(args: PlanArguments, machine: ProbeReport | null = probeMachine()): string {
-  if (args.devices !== 1)
-    throw new StromaError(
-      "CONFIG",
-      `[plan] expected --devices 1, got ${args.devices}: more than one card is not there yet. Plan for one of them`,
-    );
   for (const name of [
+    "devices",
     "sequence-length",
     "micro-batch-size",
     "gradient-accumulation-steps",
@@ -108,6 +120,11 @@ export function plan(args: PlanArguments, machine: ProbeReport | null = probeMac
         "CONFIG",
         `[plan] expected --${name} to be a whole number of at least 1, got ${args[name]}`,
       );
+  const { devices, stages, rank } = args;
+  if (devices === 1 && (stages !== undefined || rank !== undefined))
+    throw new StromaError("CONFIG", `[plan] --${stages === undefined ? "rank" : "stages"} is for --devices 2 or more`);
+  if (rank !== undefined && (!Number.isSafeInteger(rank) || rank < 0 || rank >= devices))
+    throw new StromaError("CONFIG", `[plan] expected --rank to be one of 0 to ${devices - 1}, got ${rank}`);
   const notes: string[] = [];
   const profile = profileFor(args, machine, notes);
   const precision = args.precision ?? (profile.device === "cuda" ? "bfloat16" : "float32");
@@ -124,10 +141,19 @@ export function plan(args: PlanArguments, machine: ProbeReport | null = probeMac
     profile,
     budget: budgetFor(args, profile, machine),
   };
+  if (devices > 1) {
+    const spread = { ...request, devices, stages };
+    const result = planRanksAuto(graph, spread);
+    if (args.json) return `${JSON.stringify(result.report)}\n`;
+    if (profile.device === "cpu") notes.push("speed is that of ranks which have as many cores each");
+    if (!result.report.fits) notes.push(...leaner(found, request, (g, r) => planRanksAuto(g, { ...spread, ...r })));
+    return ranksText(found.name, result, spread, notes) + (args.tape ? `\n${ranksTapeText(result, rank)}` : "");
+  }
   const result = planAuto(graph, request);
   if (args.json) return `${JSON.stringify(result.report)}\n`;
-  if (!result.report.fits) notes.push(...leaner(found, request));
-  return planText(found.name, result, request, notes) + (args.tape ? `\n${tapeText(result)}` : "");
+  if (!result.report.fits) notes.push(...leaner(found, request, planAuto));
+  const tape = args.tape ? `\n${tapeText(result.graph, result.tapes.step, result.simulation)}` : "";
+  return planText(found.name, result, request, notes) + tape;
 }
 
 function profileFor(args: PlanArguments, machine: ProbeReport | null, notes: string[]): MachineProfile {
@@ -154,7 +180,8 @@ function budgetFor(args: PlanArguments, profile: MachineProfile, machine: ProbeR
     args[name] === undefined ? undefined : parseSize(args[name], `--${name}`);
   const diskBytes = given("disk")!;
   // On a CPU the device is the process's memory, and there is nothing beside it.
-  if (profile.device === "cpu") return { deviceBytes: given("device-memory") ?? memory, hostBytes: 0, diskBytes };
+  if (profile.device === "cpu")
+    return { deviceBytes: given("device-memory") ?? memory / args.devices, hostBytes: 0, diskBytes };
   const deviceBytes = given("device-memory") ?? machine?.gpus[0]?.memoryBytes;
   if (deviceBytes === undefined)
     throw new StromaError(
@@ -165,9 +192,13 @@ function budgetFor(args: PlanArguments, profile: MachineProfile, machine: ProbeR
 }
 
 /** What a person may change of the format of state, where nothing fits. */
-function leaner(found: ReturnType<typeof findModel>, request: PlanRequest): string[] {
+function leaner(
+  found: ReturnType<typeof findModel>,
+  request: PlanRequest,
+  planned: (graph: Graph, request: PlanRequest) => AutoPlan,
+): string[] {
   const state: StateFormat = { storage: "bfloat16", masterWeight: "none", optimizer: "adamw8bit" };
   if (JSON.stringify(state) === JSON.stringify(request.state)) return [];
-  const lean: AutoPlan = planAuto(found.graph({ mode: "train", dtype: "bfloat16" }), { ...request, state });
+  const lean = planned(found.graph({ mode: "train", dtype: "bfloat16" }), { ...request, state });
   return lean.report.fits ? ["it does fit with --precision bfloat16 --master-weight none --optimizer adamw8bit"] : [];
 }

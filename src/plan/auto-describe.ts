@@ -39,6 +39,15 @@ export function describePlacement(tape: Tape, peaks: TapePeaks): PlacementTable 
   return table;
 }
 
+/** Of several ranks together. */
+export function addPlacements(tables: readonly PlacementTable[]): PlacementTable {
+  const total = structuredClone(tables[0]!);
+  for (const table of tables.slice(1))
+    for (const kind of PLACED_KINDS)
+      for (const space of ["device", "host", "disk"] as const) total[kind][space] += table[kind][space];
+  return total;
+}
+
 /** Where a retained gradient waits: what pack writes, or what that is copied to in the end. */
 function retainedHomes(tape: Tape): Set<P> {
   const last = new Map<number, P>();
@@ -60,6 +69,9 @@ function boundariesOf(i: Instruction): P[] {
       return [...i.in, ...i.dOut, ...i.dIn];
     case "copy":
       return i.operand.kind === "x" || i.operand.kind === "dx" ? [i.from, i.to] : [];
+    case "send":
+    case "receive":
+      return [i.place];
     default:
       return [];
   }

@@ -10,8 +10,9 @@ import { type Budget, showSize } from "./budget.js";
 import { blockLayouts } from "./layout.js";
 import { passWorkspace } from "./memory.js";
 import { keptOf } from "./selective.js";
-import { type Simulation, simulate, type TapePeaks, tapePeaks } from "./simulate.js";
-import type { Clip, Recompute, RetainedDType, Schedule, Tape, UpdateOrder } from "./types.js";
+import { type TapePeaks, tapePeaks } from "./simulate.js";
+import { meanBubble, type RanksSimulation, simulateRanks } from "./simulate-ranks.js";
+import type { Clip, Recompute, RetainedDType, Schedule, Stages, Tape, UpdateOrder } from "./types.js";
 import { type Policy, type Space3, writeTape } from "./write-tape.js";
 
 export interface Shape {
@@ -29,6 +30,13 @@ export interface Shape {
   fused: number;
   /** Where state lives that is not moved. */
   far: Space3;
+  /** Blocks over devices of one machine, each with a budget of its own; host and disk are shared. null: one device. */
+  stages: Stages | null;
+}
+
+export interface RankTapes {
+  step: Tape;
+  flush: Tape | null;
 }
 
 export interface Attempt {
@@ -38,9 +46,10 @@ export interface Attempt {
   over: { space: Space3; bytes: number; why: string } | null;
   /** Refused by its plain sums: no tape was written. */
   lowerBound: boolean;
-  written: { policy: Policy; step: Tape; flush: Tape | null } | null;
+  written: { policy: Policy; tapes: RankTapes[]; peaks: TapePeaks[] } | null;
+  /** Of the device that takes the most, and of all ranks together beside it. */
   peaks: TapePeaks | null;
-  simulation: Simulation | null;
+  simulation: RanksSimulation | null;
 }
 
 /** A tape's copies are cut in so many parts: whole ones block boundaries behind them, more gain nothing (TAPE.md). */
@@ -50,6 +59,12 @@ const TRIES = 8;
 
 type Kind = "param" | "state" | "retained";
 type Homes = Record<Kind, Space3[]>;
+/** Bytes left; of devices by rank. */
+interface Room {
+  device: number[];
+  host: number;
+  disk: number;
+}
 
 /** `force`: writes a tape also for what its plain sums refuse. */
 export function fitShape(shape: Shape, request: PlanRequest, limits: Budget, force = false): Attempt {
@@ -70,6 +85,7 @@ class Fitting {
   private readonly homes: Homes;
   private readonly bytes: Record<Kind, number[]>;
   private readonly dims: Record<string, number>;
+  private readonly ranks: number;
 
   constructor(
     private readonly shape: Shape,
@@ -90,6 +106,7 @@ class Fitting {
       retained: layouts.map(() => (boundary === "device" ? "device" : far)),
     };
     this.dims = fusedDims(shape, request);
+    this.ranks = ranksOf(shape);
   }
 
   run(attempt: Attempt): Attempt {
@@ -101,35 +118,51 @@ class Fitting {
       if (best.written === null || (now.over?.bytes ?? 0) < (best.over?.bytes ?? 0)) best = now;
       if (now.over === null) return this.fill(now);
       seen.add(JSON.stringify(this.homes));
-      const peaks = now.peaks!;
-      const room = {
-        device: limits.deviceBytes - peaks.deviceBytes,
-        host: limits.hostBytes - peaks.hostBytes,
-        disk: limits.diskBytes - peaks.diskBytes,
+      const room: Room = {
+        device: this.deviceRoom(now),
+        host: limits.hostBytes - now.peaks!.hostBytes,
+        disk: limits.diskBytes - now.peaks!.diskBytes,
       };
-      const before = room.device + room.host + room.disk;
-      if (room.device < 0) this.move("device", -room.device, ["host", "disk"], room);
+      const before = sum(room.device) + room.host + room.disk;
+      for (const [rank, left] of room.device.entries())
+        if (left < 0) this.move("device", -left, ["host", "disk"], room, rank);
       if (room.host < 0) this.move("host", -room.host, ["device", "disk"], room);
       if (seen.has(JSON.stringify(this.homes))) break;
       // Moves change no sum, only what a retained gradient lends: where all together are short, they end in nothing.
-      const lent = this.shape.update === "forward" ? limits.deviceBytes / 8 : 0;
+      const lent = this.shape.update === "forward" ? (limits.deviceBytes * this.ranks) / 8 : 0;
       if (tries > 0 && before < -lent) break;
     }
     return best;
   }
 
-  /** Moves blocks away from `from` until `need` bytes are gone, to the first of `to` that has room. */
-  private move(from: Space3, need: number, to: readonly Space3[], room: Record<Space3, number>): void {
+  private rankOf(block: number): number {
+    return this.shape.stages?.of[block] ?? 0;
+  }
+
+  private deviceRoom({ written }: Attempt): number[] {
+    return written!.peaks.map((p) => this.limits.deviceBytes - p.deviceBytes);
+  }
+
+  /** Moves blocks away from `from` until `need` bytes are gone, to the first of `to` that has room. `rank`: its blocks. */
+  private move(from: Space3, need: number, to: readonly Space3[], room: Room, rank?: number): void {
     let left = need;
     for (const { kind, block } of this.order(from)) {
       if (left <= 0) return;
+      const at = this.rankOf(block);
+      if (rank !== undefined && at !== rank) continue;
       const bytes = this.bytes[kind][block]!;
+      const roomIn = (space: Space3) => (space === "device" ? room.device[at]! : room[space]);
       // Kept as it is: a param's move to a disk costs two more crossings of the slowest link than state does.
-      const target = to.find((space) => room[space] >= bytes && this.may(kind, space));
+      const target = to.find((space) => roomIn(space) >= bytes && this.may(kind, space));
       if (target === undefined) continue;
       this.homes[kind][block] = target;
-      room[target] -= bytes;
-      room[from] += bytes;
+      for (const [space, change] of [
+        [target, -bytes],
+        [from, bytes],
+      ] as const) {
+        if (space === "device") room.device[at]! += change;
+        else room[space] += change;
+      }
       left -= bytes;
     }
   }
@@ -157,12 +190,13 @@ class Fitting {
 
   /** Where the link makes the device wait, as much as the device still holds. */
   private fill(fitting: Attempt): Attempt {
-    const { seconds, busySeconds } = fitting.simulation!;
-    const room = this.limits.deviceBytes - fitting.peaks!.deviceBytes;
-    if (this.shape.far === "device" || busySeconds.compute / seconds > 0.98) return fitting;
+    const { seconds } = fitting.simulation!;
+    if (this.shape.far === "device" || !waitsForCopies(fitting)) return fitting;
     const before = structuredClone(this.homes);
-    this.move("host", room, ["device"], { device: room, host: 0, disk: 0 });
-    this.move("disk", room, ["device"], { device: room, host: 0, disk: 0 });
+    for (const from of ["host", "disk"] as const) {
+      const room = { device: this.deviceRoom(fitting), host: 0, disk: 0 };
+      this.move(from, sum(room.device), ["device"], room);
+    }
     const filled = this.write(fitting);
     if (filled.over === null && filled.simulation!.seconds < 0.99 * seconds) return filled;
     Object.assign(this.homes, before);
@@ -187,13 +221,47 @@ class Fitting {
       retainedDType: shape.retainedDType,
       prefetch: shape.prefetch,
       parts: PARTS,
+      ...(shape.stages === null ? {} : { stages: shape.stages }),
     };
-    const { step, flush } = writeTape(shape.graph, policy);
-    const peaks = tapePeaks(shape.graph, step, request.profile.device);
-    const simulation = simulate(shape.graph, step, request.profile);
-    return { ...attempt, written: { policy, step, flush }, peaks, simulation, over: excess(peaks, limits) };
+    const tapes = writeRanks(shape.graph, policy);
+    const peaks = tapes.map(({ step }) => tapePeaks(shape.graph, step, request.profile.device));
+    const simulation = simulateRanks(
+      shape.graph,
+      tapes.map((t) => t.step),
+      request.profile,
+    );
+    const together = jointPeaks(peaks);
+    const written = { policy, tapes, peaks };
+    return { ...attempt, written, peaks: together, simulation, over: excess(together, limits) };
   }
 }
+
+/** Whether a device stands still, and its copies, not other devices, may be why. */
+export function waitsForCopies({ simulation }: Attempt): boolean {
+  if (meanBubble(simulation!) <= 0.02) return false;
+  const { ranks } = simulation!;
+  return (
+    ranks.length === 1 || ranks.some(({ busySeconds: b }) => Math.max(b.in, b.out, b.load, b.save) > b.compute / 2)
+  );
+}
+
+/** The tapes of every rank of a policy; one without stages. */
+export function writeRanks(graph: Graph, policy: Policy): RankTapes[] {
+  const { stages } = policy;
+  if (stages === undefined) return [writeTape(graph, policy)];
+  return Array.from({ length: stages.ranks }, (_, rank) =>
+    writeTape(graph, { ...policy, stages: { ...stages, rank } }),
+  );
+}
+
+/** Of ranks on one machine: the device that takes the most, host and disk of all together. */
+function jointPeaks(peaks: readonly TapePeaks[]): TapePeaks {
+  const fullest = peaks.reduce((most, p) => (p.deviceBytes > most.deviceBytes ? p : most));
+  return { ...fullest, hostBytes: sum(peaks.map((p) => p.hostBytes)), diskBytes: sum(peaks.map((p) => p.diskBytes)) };
+}
+
+const sum = (list: readonly number[]): number => list.reduce((a, b) => a + b, 0);
+const ranksOf = ({ stages }: Shape): number => stages?.ranks ?? 1;
 
 function excess(peaks: TapePeaks, limits: Budget): Attempt["over"] {
   const over = (["device", "host", "disk"] as const)
@@ -218,11 +286,15 @@ export function leastOver(shape: Shape, request: PlanRequest, limits: Budget): A
   const consumed = new Set(
     graph.blocks.flatMap((b) => b.inputs.flatMap((s) => ("block" in s ? [`${s.block}:${s.output}`] : []))),
   );
-  let [state, boundaries, kept, sums, retained, workspace] = [0, 0, 0, 0, 0, 0];
+  let [state, boundaries, kept, retained] = [0, 0, 0, 0];
+  // By rank: what each has once at a time.
+  const sums: number[] = Array(ranksOf(shape)).fill(0);
+  const workspace = [...sums];
   for (const [b, block] of graph.blocks.entries()) {
     const layout = layouts[b]!;
+    const rank = shape.stages?.of[b] ?? 0;
     state += layout.paramBytes + layout.stateBytes;
-    sums = update === "end" ? sums + layout.sumsBytes : Math.max(sums, layout.sumsBytes);
+    sums[rank] = update === "end" ? sums[rank]! + layout.sumsBytes : Math.max(sums[rank]!, layout.sumsBytes);
     retained += update === "forward" ? layout.retainedBytes(retainedDType) : 0;
     for (const [o, output] of graph.programs[block.program]!.outputs.entries()) {
       if (!consumed.has(`${b}:${o}`)) continue;
@@ -230,16 +302,17 @@ export function leastOver(shape: Shape, request: PlanRequest, limits: Budget): A
     }
     const selected = recompute === "selective" ? keptOf(graph, dims) : undefined;
     const pass = passWorkspace(graph, b, dims, { device: request.profile.device, kept: selected });
-    workspace = Math.max(workspace, pass.backward);
+    workspace[rank] = Math.max(workspace[rank]!, pass.backward);
     if (recompute !== "all" && b < graph.blocks.length - 1) kept += pass.kept * count;
   }
-  const { deviceBytes, hostBytes, diskBytes } = limits;
+  const { hostBytes, diskBytes } = limits;
+  const deviceBytes = limits.deviceBytes * ranksOf(shape);
   const all = far === "device" ? deviceBytes : deviceBytes + hostBytes + diskBytes;
-  const needed = state + sums + kept + workspace + Math.max(boundaries, retained);
+  const needed = state + sum(sums) + kept + sum(workspace) + Math.max(boundaries, retained);
   if (needed <= all) return null;
   const parts = [
     `${showSize(state)} of parameters and optimizer state`,
-    `${showSize(sums)} of gradient sums`,
+    `${showSize(sum(sums))} of gradient sums`,
     retained > boundaries ? `${showSize(retained)} of retained gradients` : `${showSize(boundaries)} of boundaries`,
     ...(kept > 0 ? [`${showSize(kept)} of kept ${recompute === "none" ? "graphs" : "results"}`] : []),
   ];
@@ -282,7 +355,9 @@ function labelOf(s: Shape): string {
   const graphs = { none: "graphs kept", selective: "dear results kept", all: "recompute" }[s.recompute];
   return [
     s.far === "device" ? "all on the device" : `boundaries on the ${s.boundary}`,
-    s.schedule === "breadthFirst" ? "breadth-first" : "depth-first",
+    { breadthFirst: "breadth-first", depthFirst: "depth-first", oneForwardOneBackward: "one forward, one backward" }[
+      s.schedule
+    ],
     `update ${s.update}${retained}`,
     `${s.fused} fused`,
     ...(s.far === "device" || s.recompute !== "all" ? [graphs] : []),

@@ -9,13 +9,15 @@
  */
 import { StromaError } from "../errors.js";
 import type { Graph } from "../graph/types.js";
-import { describePlacement, type PlacementTable } from "./auto-describe.js";
-import { type Attempt, fitShape, leastOver, type Shape, saved } from "./auto-fit.js";
+import { addPlacements, describePlacement, type PlacementTable } from "./auto-describe.js";
+import { type Attempt, fitShape, leastOver, type RankTapes, type Shape, saved, waitsForCopies } from "./auto-fit.js";
 import { type Budget, showSize, usable } from "./budget.js";
 import { mergeBlocks } from "./merge-blocks.js";
 import type { MachineProfile } from "./profiles.js";
-import type { BoundBy, Simulation } from "./simulate.js";
-import type { Clip, Recompute, RetainedDType, Schedule, StateFormat, Tape, UpdateOrder } from "./types.js";
+import type { BoundBy, Simulation, TapePeaks } from "./simulate.js";
+import type { RankSimulation } from "./simulate-ranks.js";
+import { assignStages, isContiguous, type StageRule } from "./stages.js";
+import type { Clip, Recompute, RetainedDType, Schedule, Stages, StateFormat, UpdateOrder } from "./types.js";
 import type { Policy, Space3 } from "./write-tape.js";
 
 export interface PlanRequest {
@@ -65,14 +67,23 @@ export interface PlanReport {
   alternatives: Alternative[];
 }
 
+export interface RankPlan {
+  tapes: RankTapes;
+  peaks: TapePeaks;
+  placements: PlacementTable;
+  simulation: RankSimulation;
+}
+
 export interface AutoPlan {
   report: PlanReport;
   /** What the tapes are for: the graph given, or the same model in larger blocks. */
   graph: Graph;
   blocksMerged: number;
   policy: Policy;
-  tapes: { step: Tape; flush: Tape | null };
+  /** Of rank 0, as `simulation`; all are in `ranks`, one where there is one device. */
+  tapes: RankTapes;
   simulation: Simulation;
+  ranks: RankPlan[];
   usable: Budget;
   /** Where nothing fits: bytes that are missing, and what would do. */
   missing: { bytes: number; cure: string } | null;
@@ -90,7 +101,7 @@ export function planAuto(graph: Graph, request: PlanRequest): AutoPlan {
       "CONFIG",
       `[plan] expected gradientAccumulationSteps to be a whole number of at least 1, got ${accumulation}`,
     );
-  return searched(graph, request).result();
+  return searched(graph, request, null).result();
 }
 
 /** `graph` with `size` layers a block. Throws CONFIG for a size above 1 where no two of its blocks can be one. */
@@ -105,13 +116,22 @@ export function layersMerged(graph: Graph, size: number): Graph {
   return merged;
 }
 
-/** `quick`: asks only whether something fits, not for the fewest bytes that would. */
-function searched(graph: Graph, request: PlanRequest, quick = false): Search {
+/** Devices of one machine and which rule gives them their blocks. */
+export interface Spread {
+  ranks: number;
+  rule: StageRule;
+}
+
+/**
+ * Carries out the search of `planAuto`, over several devices where `spread` says so. `quick`: asks only whether something
+ * fits, not for what is fastest.
+ */
+export function searched(graph: Graph, request: PlanRequest, spread: Spread | null, quick = false): Search {
   const { clip, budget, profile, layersPerBlock } = request;
   const whole = layersPerBlock === undefined ? graph : layersMerged(graph, layersPerBlock);
   const limits = usable(budget);
-  const search = new Search(graph, request, limits);
-  const fused = fusions(request).slice(0, quick ? 1 : undefined);
+  const search = new Search(graph, request, limits, spread);
+  const fused = fusions(request, spread !== null).slice(0, quick ? 1 : undefined);
   search.resident(whole, layersPerBlock ?? 1, fused);
   const updates: UpdateOrder[] = clip === "global" ? ["forward"] : ["backward"];
   const kinds: RetainedDType[] = clip === "global" ? retainedDTypes(graph) : ["float32"];
@@ -125,7 +145,8 @@ function searched(graph: Graph, request: PlanRequest, quick = false): Search {
   // Merging and the retained dtype cost exactness or flexibility: each only where what is finer does not fit.
   for (const size of layersPerBlock !== undefined ? [layersPerBlock] : quick ? [1, 2] : [1, 2, 4]) {
     const merged = mergeBlocks(graph, size);
-    if (layersPerBlock === undefined && size > 1 && (merged === graph || merged.blocks.length === search.blocks)) break;
+    const coarser = size > 1 && (merged === graph || merged.blocks.length === search.blocks || !search.spreads(merged));
+    if (layersPerBlock === undefined && coarser) break;
     search.blocks = merged.blocks.length;
     for (const retainedDType of kinds) {
       for (const update of updates) search.streamed(merged, size, update, retainedDType, fused, spaces);
@@ -136,13 +157,16 @@ function searched(graph: Graph, request: PlanRequest, quick = false): Search {
   return search;
 }
 
-/** Divisors of the accumulation, most tokens first, from as many as help down to one. */
-function fusions({ dims, gradientAccumulationSteps, batchDim = "B", tokenDim = "T" }: PlanRequest): number[] {
+/** Divisors of the accumulation, most tokens first, from as many as help down to one; `all`: also those of few tokens. */
+function fusions(
+  { dims, gradientAccumulationSteps, batchDim = "B", tokenDim = "T" }: PlanRequest,
+  all: boolean,
+): number[] {
   const tokens = (dims[batchDim] ?? 1) * (dims[tokenDim] ?? 1);
   const divisors: number[] = [];
   for (let k = gradientAccumulationSteps; k >= 1; k--)
     if (gradientAccumulationSteps % k === 0 && (k === 1 || k * tokens <= MOST_TOKENS)) divisors.push(k);
-  const most = divisors.filter((k) => k * tokens >= ENOUGH_TOKENS || k === divisors[0]);
+  const most = divisors.filter((k) => all || k * tokens >= ENOUGH_TOKENS || k === divisors[0]);
   return [...new Set([...most, 1])];
 }
 
@@ -154,27 +178,53 @@ const retainedDTypes = (graph: Graph): RetainedDType[] =>
       ? ["bfloat16", "dynamic8"]
       : ["float32", "bfloat16", "dynamic8"];
 
-class Search {
+export class Search {
   best: Timed | null = null;
   blocks = 0;
+  private answer: Timed | null = null;
   private readonly attempts: Timed[] = [];
 
   constructor(
     private readonly graph: Graph,
     private readonly request: PlanRequest,
     private readonly limits: Budget,
+    private readonly spread: Spread | null,
   ) {}
 
-  /** Everything on the device; depth-first, since nothing is fetched and few boundaries live. */
+  /**
+   * Everything on the device; depth-first, since nothing is fetched and few boundaries live. Depth-first only one of
+   * several devices works at a time: there it is for what fits in no other order.
+   */
   resident(graph: Graph, merged: number, fused: readonly number[]): void {
+    const stages = this.stages(graph);
+    const orders: Schedule[] =
+      stages === null
+        ? ["depthFirst"]
+        : [
+            this.spread!.rule === "contiguous" && isContiguous(graph, stages)
+              ? "oneForwardOneBackward"
+              : "breadthFirst",
+            "depthFirst",
+          ];
+    for (const schedule of orders) if (this.allResident(graph, merged, schedule, stages, fused)) return;
+  }
+
+  private allResident(
+    graph: Graph,
+    merged: number,
+    schedule: Schedule,
+    stages: Stages | null,
+    fused: readonly number[],
+  ): boolean {
     const { clip, recompute: only } = this.request;
     const update: UpdateOrder = "end";
     for (const recompute of only === undefined ? (["none", "selective", "all"] as const) : [only]) {
+      let fits = false;
       for (const k of fused) {
         const attempt = this.try({
           graph,
           merged,
-          schedule: "depthFirst",
+          schedule,
           recompute,
           update,
           clip,
@@ -183,11 +233,41 @@ class Search {
           prefetch: 0,
           fused: k,
           far: "device",
+          stages,
         });
-        if (attempt.over === null) return;
+        fits ||= attempt.over === null;
+        if (fits && schedule !== "oneForwardOneBackward" && this.overlaps(k)) return true;
         if (attempt.lowerBound) break;
       }
+      if (fits) return true;
     }
+    return false;
+  }
+
+  private stages(graph: Graph): Stages | null {
+    if (this.spread === null) return null;
+    const { ranks, rule } = this.spread;
+    return { rank: 0, ranks, of: assignStages(graph, ranks, rule) };
+  }
+
+  /** Whether every device has a block of it. */
+  spreads(graph: Graph): boolean {
+    try {
+      this.stages(graph);
+      return true;
+    } catch (error) {
+      if (error instanceof StromaError && error.code === "CONFIG") return false;
+      throw error;
+    }
+  }
+
+  /**
+   * Whether so many fused leave the devices enough micro-batches to work at once on: a boundary is back after a pass and a
+   * way, as long as a pass at the most, on each device, and until then there is work.
+   */
+  private overlaps(fused: number): boolean {
+    const { gradientAccumulationSteps: all } = this.request;
+    return this.spread === null || all / fused >= Math.min(all, 2 * this.spread.ranks);
   }
 
   streamed(
@@ -211,6 +291,7 @@ class Search {
       clip,
       retainedDType,
       far,
+      stages: this.stages(graph),
     } as const;
     // What its plain sums refuse with nothing fused is refused however else it is arranged.
     const least: Shape = { ...common, boundary: spaces.at(-1)!, prefetch: 0, fused: 1 };
@@ -237,16 +318,17 @@ class Search {
           } else if (known === undefined || attempt.over.bytes < known.bytes)
             lacking.set(boundary, { shape, bytes: attempt.over.bytes });
         }
-        if (fits && k * this.tokens() >= Math.min(ENOUGH_TOKENS, fused[0]! * this.tokens())) return;
+        const enough = this.spread !== null || k * this.tokens() >= Math.min(ENOUGH_TOKENS, fused[0]! * this.tokens());
+        if (fits && enough && this.overlaps(k)) return;
       }
       if (this.best !== null) return;
     }
   }
 
   /** Where the device waits, fetching two visits ahead may hide it. */
-  private earlier({ shape, simulation }: Attempt): void {
-    const idle = 1 - simulation!.busySeconds.compute / simulation!.seconds;
-    if (shape.prefetch === 1 && shape.far !== "device" && idle > 0.02) this.try({ ...shape, prefetch: 2 });
+  private earlier(attempt: Attempt): void {
+    const { shape } = attempt;
+    if (shape.prefetch === 1 && shape.far !== "device" && waitsForCopies(attempt)) this.try({ ...shape, prefetch: 2 });
   }
 
   private tokens(): number {
@@ -256,8 +338,21 @@ class Search {
   private try(shape: Shape): Attempt {
     const attempt = this.timed(fitShape(shape, this.request, this.limits));
     this.attempts.push(attempt);
-    if (attempt.over === null && (this.best === null || better(attempt, this.best))) this.best = attempt;
+    if (attempt.over === null && (this.best === null || this.isBetter(attempt, this.best))) this.best = attempt;
     return attempt;
+  }
+
+  /** Faster by more than a hundredth; else the one with less on the card, or of several which fills no budget as far. */
+  private isBetter(a: Timed, b: Timed): boolean {
+    const gain = a.tokensPerSecond / b.tokensPerSecond - 1;
+    if (Math.abs(gain) > 0.01) return gain > 0;
+    if (this.spread === null) return a.peaks!.deviceBytes < b.peaks!.deviceBytes;
+    return this.fullness(a.peaks!) < this.fullness(b.peaks!);
+  }
+
+  private fullness(peaks: TapePeaks): number {
+    const keys = ["deviceBytes", "hostBytes", "diskBytes"] as const;
+    return Math.max(...keys.map((key) => (peaks[key] === 0 ? 0 : peaks[key] / this.limits[key])));
   }
 
   private timed(attempt: Attempt): Timed {
@@ -265,11 +360,26 @@ class Search {
     return { ...attempt, tokensPerSecond: attempt.simulation === null ? 0 : tokens / attempt.simulation.seconds };
   }
 
+  /** The best; where nothing fits what lacks least, which tried again as such may fit after all. */
+  chosen(): Timed {
+    this.answer ??= this.best ?? this.nearest();
+    return this.answer;
+  }
+
   result(): AutoPlan {
-    // Where nothing fits, what lacks least; tried again as such, it may fit after all.
-    const chosen = this.best ?? this.nearest();
+    const chosen = this.chosen();
     const { shape, peaks, written, simulation } = chosen;
     const { dims, batchDim = "B", gradientAccumulationSteps } = this.request;
+    const ranks = written!.tapes.map(
+      (tapes, r): RankPlan => ({
+        tapes,
+        peaks: written!.peaks[r]!,
+        placements: describePlacement(tapes.step, written!.peaks[r]!),
+        simulation: simulation!.ranks[r]!,
+      }),
+    );
+    const total = (of: (s: Simulation) => number) => ranks.reduce((sum, r) => sum + of(r.simulation), 0);
+    const busiest = ranks.reduce((a, b) => (b.simulation.bubble < a.simulation.bubble ? b : a));
     const report: PlanReport = {
       fits: chosen.over === null,
       order: shape.schedule,
@@ -279,15 +389,15 @@ class Search {
         fused: shape.fused,
         count: gradientAccumulationSteps / shape.fused,
       },
-      placements: describePlacement(written!.step, peaks!),
+      placements: addPlacements(ranks.map((r) => r.placements)),
       peakDeviceBytes: peaks!.deviceBytes,
       peakHostBytes: peaks!.hostBytes,
       peakDiskBytes: peaks!.diskBytes,
-      bytesToDevicePerStep: simulation!.bytesToDevice,
-      bytesFromDevicePerStep: simulation!.bytesFromDevice,
+      bytesToDevicePerStep: total((s) => s.bytesToDevice),
+      bytesFromDevicePerStep: total((s) => s.bytesFromDevice),
       predictedStepSeconds: simulation!.seconds,
       predictedTokensPerSecond: chosen.tokensPerSecond,
-      boundBy: simulation!.boundBy,
+      boundBy: busiest.simulation.boundBy,
       alternatives: this.alternatives(chosen),
     };
     return {
@@ -295,11 +405,14 @@ class Search {
       graph: shape.graph,
       blocksMerged: shape.merged,
       policy: written!.policy,
-      tapes: { step: written!.step, flush: written!.flush },
-      simulation: simulation!,
+      tapes: ranks[0]!.tapes,
+      simulation: ranks[0]!.simulation,
+      ranks,
       usable: this.limits,
       missing:
-        chosen.over === null ? null : { bytes: chosen.over.bytes, cure: cureFor(this.graph, this.request, chosen) },
+        chosen.over === null
+          ? null
+          : { bytes: chosen.over.bytes, cure: cureFor(this.graph, this.request, this.spread, chosen) },
     };
   }
 
@@ -332,14 +445,7 @@ class Search {
   }
 }
 
-type Timed = Attempt & { tokensPerSecond: number };
-
-/** Faster by more than a hundredth; else the one with less on the card. */
-function better(a: Timed, b: Timed): boolean {
-  const gain = a.tokensPerSecond / b.tokensPerSecond - 1;
-  if (Math.abs(gain) > 0.01) return gain > 0;
-  return a.peaks!.deviceBytes < b.peaks!.deviceBytes;
-}
+export type Timed = Attempt & { tokensPerSecond: number };
 
 function slower(a: Timed, chosen: Timed): string {
   const share = 1 - a.tokensPerSecond / chosen.tokensPerSecond;
@@ -349,12 +455,12 @@ function slower(a: Timed, chosen: Timed): string {
 }
 
 /** The nearest change of a budget, planned again: it does fit. */
-function cureFor(graph: Graph, request: PlanRequest, { over }: Attempt): string {
+function cureFor(graph: Graph, request: PlanRequest, spread: Spread | null, { over }: Attempt): string {
   const { budget, profile } = request;
   const kinds = [
     ...(profile.device === "cuda" ? [{ key: "hostBytes", words: "host memory in all" } as const] : []),
     { key: "diskBytes", words: "disk" } as const,
-    { key: "deviceBytes", words: "device memory in all" } as const,
+    { key: "deviceBytes", words: `device memory ${spread === null ? "in all" : "each"}` } as const,
   ];
   const cures: string[] = [];
   for (const { key, words } of kinds) {
@@ -363,7 +469,7 @@ function cureFor(graph: Graph, request: PlanRequest, { over }: Attempt): string 
       const wanted = budget[key] + over!.bytes * factor;
       const unit = wanted > 1e10 ? 1e9 : 10 ** (Math.floor(Math.log10(wanted)) - 1);
       const bytes = Math.ceil(wanted / unit) * unit;
-      if (searched(graph, { ...request, budget: { ...budget, [key]: bytes } }, true).best === null) continue;
+      if (searched(graph, { ...request, budget: { ...budget, [key]: bytes } }, spread, true).best === null) continue;
       cures.push(`${showSize(bytes)} of ${words}`);
       break;
     }

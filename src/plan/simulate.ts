@@ -5,16 +5,17 @@
 import { evaluate } from "../graph/dims.js";
 import type { Dim, DType, Graph } from "../graph/types.js";
 import { dtypeBytes } from "../graph/value.js";
-import { CostModel } from "./cost.js";
+import { type Cost, CostModel } from "./cost.js";
 import { passWorkspace } from "./memory.js";
 import type { MachineProfile } from "./profiles.js";
 import type { Queue, Tape } from "./types.js";
-import { queueOf } from "./waits.js";
+import { lineOf, queueOf } from "./waits.js";
 
-export type BoundBy = "compute" | "memory" | "hostToDevice" | "deviceToHost" | "disk";
+export type BoundBy = "compute" | "memory" | "hostToDevice" | "deviceToHost" | "disk" | "rankLink";
 
 export interface Simulation {
   seconds: number;
+  /** send, receive: of all peers together. */
   busySeconds: Record<Queue, number>;
   /** What a faster one of would shorten the step. memory: that of the device, in sums, updates and elementwise work. */
   boundBy: BoundBy;
@@ -23,6 +24,9 @@ export interface Simulation {
   bytesFromDevice: number;
   bytesLoaded: number;
   bytesSaved: number;
+  /** To and from other ranks. */
+  bytesSent: number;
+  bytesReceived: number;
   /** Of the bytes to and from the device, those of parameters and optimizer state. */
   stateBytesToDevice: number;
   stateBytesFromDevice: number;
@@ -39,50 +43,77 @@ export function simulate(
   dims: Readonly<Record<string, number>> = tape.dims ?? {},
 ): Simulation {
   const costs = new CostModel(graph, tape, dims, profile);
-  const n = tape.instructions.length;
-  const start = new Float64Array(n);
-  const end = new Float64Array(n);
-  const free: Record<Queue, number> = { compute: 0, in: 0, out: 0, load: 0, save: 0, send: 0, receive: 0 };
-  const busySeconds = { ...free };
-  const bytes = { ...free };
-  const stateBytes = { ...free };
-  let [memorySeconds, flops, seconds] = [0, 0, 0];
+  const tally = new Tally(tape);
+  /** By line: when what is on it has completed. */
+  const free: number[] = [];
   for (const [i, at] of tape.instructions.entries()) {
-    const queue = queueOf(at);
+    const line = lineOf(at);
     const cost = costs.of(at);
-    let from = free[queue];
-    for (const w of at.waits) from = Math.max(from, end[w]!);
-    start[i] = from;
-    end[i] = free[queue] = from + cost.seconds;
-    busySeconds[queue] += cost.seconds;
-    memorySeconds += cost.memorySeconds;
-    flops += cost.flops;
-    seconds = Math.max(seconds, end[i]!);
-    if (at.op !== "copy") continue;
-    bytes[queue] += at.bytes;
-    if (at.operand.kind === "param" || at.operand.kind === "state") stateBytes[queue] += at.bytes;
+    let from = free[line] ?? 0;
+    for (const w of at.waits) from = Math.max(from, tally.end[w]!);
+    free[line] = tally.add(i, from, from + cost.seconds, cost);
   }
-  return {
-    seconds,
-    busySeconds,
-    boundBy: boundBy(busySeconds, memorySeconds),
-    flops,
-    bytesToDevice: bytes.in,
-    bytesFromDevice: bytes.out,
-    bytesLoaded: bytes.load,
-    bytesSaved: bytes.save,
-    stateBytesToDevice: stateBytes.in,
-    stateBytesFromDevice: stateBytes.out,
-    start,
-    end,
-  };
+  return tally.result();
+}
+
+/** What a tape's instructions add up to, whoever says when each began. */
+export class Tally {
+  readonly start: Float64Array;
+  readonly end: Float64Array;
+  private readonly busy: Record<Queue, number> = { compute: 0, in: 0, out: 0, load: 0, save: 0, send: 0, receive: 0 };
+  private readonly bytes = { ...this.busy };
+  private readonly stateBytes = { ...this.busy };
+  private memorySeconds = 0;
+  private flops = 0;
+
+  constructor(private readonly tape: Tape) {
+    this.start = new Float64Array(tape.instructions.length);
+    this.end = new Float64Array(tape.instructions.length);
+  }
+
+  /** Returns `end`. */
+  add(at: number, start: number, end: number, cost: Cost): number {
+    const i = this.tape.instructions[at]!;
+    const queue = queueOf(i);
+    this.start[at] = start;
+    this.end[at] = end;
+    this.busy[queue] += cost.seconds;
+    this.memorySeconds += cost.memorySeconds;
+    this.flops += cost.flops;
+    if (i.op === "copy" || i.op === "send" || i.op === "receive") this.bytes[queue] += i.bytes;
+    if (i.op === "copy" && (i.operand.kind === "param" || i.operand.kind === "state"))
+      this.stateBytes[queue] += i.bytes;
+    return end;
+  }
+
+  result(): Simulation {
+    const { busy, bytes, stateBytes, flops, start, end } = this;
+    return {
+      seconds: end.reduce((most, e) => Math.max(most, e), 0),
+      busySeconds: busy,
+      boundBy: boundBy(busy, this.memorySeconds),
+      flops,
+      bytesToDevice: bytes.in,
+      bytesFromDevice: bytes.out,
+      bytesLoaded: bytes.load,
+      bytesSaved: bytes.save,
+      bytesSent: bytes.send,
+      bytesReceived: bytes.receive,
+      stateBytesToDevice: stateBytes.in,
+      stateBytesFromDevice: stateBytes.out,
+      start,
+      end,
+    };
+  }
 }
 
 /** The busiest queue; compute is bound by memory where most of it moves bytes. */
 function boundBy(busy: Record<Queue, number>, memorySeconds: number): BoundBy {
   const disk = Math.max(busy.load, busy.save);
-  const most = Math.max(busy.compute, busy.in, busy.out, disk);
+  const between = Math.max(busy.send, busy.receive);
+  const most = Math.max(busy.compute, busy.in, busy.out, disk, between);
   if (most === busy.compute) return memorySeconds > busy.compute / 2 ? "memory" : "compute";
+  if (most === between) return "rankLink";
   return most === busy.in ? "hostToDevice" : most === busy.out ? "deviceToHost" : "disk";
 }
 

@@ -2,6 +2,7 @@ import { describe, expect, it } from "vitest";
 import { type PlanArguments, plan } from "../../../src/cli/plan.js";
 import type { ProbeReport } from "../../../src/native.js";
 import type { PlanReport } from "../../../src/plan/auto.js";
+import type { RanksReport } from "../../../src/plan/auto-ranks.js";
 
 const machine = (cgroupBytes: number | null, gpus: ProbeReport["gpus"] = []): ProbeReport => ({
   gpus,
@@ -72,8 +73,29 @@ describe("stroma plan", () => {
     expect(text).toContain("it does fit with --precision bfloat16 --master-weight none --optimizer adamw8bit");
   });
 
+  it("plans for several cards: each, all together, and which stages", () => {
+    const size = { "sequence-length": 1024, "gradient-accumulation-steps": 16 };
+    const two = given({ devices: 2, "device-memory": "24GB", "host-memory": "64GB", profile: "a5000", ...size });
+    const text = plan(two, null);
+    expect(text).toMatch(/^2 cards, alternating stages: /m);
+    expect(text).toMatch(/^where +card 0 +card 1/m);
+    expect(text).toMatch(/^between {3}.* from card to card a step, at 4 GB\/s each way \(assumed\)$/m);
+    expect(text).toMatch(/^rank 1 .* bubble [\d.]+ %$/m);
+    expect(text).toMatch(
+      /Not taken:\n {2}contiguous stages: [\s\S]*\n {2}one card\n[\s\S]*data-parallel.*\n {6}not yet/,
+    );
+    const report = JSON.parse(plan({ ...two, json: true }, null)) as RanksReport;
+    expect(report).toMatchObject({ fits: true, devices: 2, stages: "alternating" });
+    expect(report.perRank.map((r) => r.rank)).toEqual([0, 1]);
+    const lines = (rank?: number) => plan({ ...two, tape: true, rank }, null).match(/^ *\d+ +[\d.]+ +[\d.]+ ms {2}/gm)!;
+    expect(lines().length).toBe(lines(0).length + lines(1).length);
+    expect(lines(1).length).toBeGreaterThan(20);
+  });
+
   it.each([
-    [{ devices: 2 }, /expected --devices 1, got 2: more than one card is not there yet/],
+    [{ devices: 0 }, /expected --devices to be a whole number of at least 1/],
+    [{ rank: 0 }, /--rank is for --devices 2 or more/],
+    [{ devices: 2, rank: 2 }, /expected --rank to be one of 0 to 1, got 2/],
     [{ "device-memory": "many" }, /expected --device-memory to be a size like 24GB/],
     [{ "sequence-length": 0 }, /expected --sequence-length to be a whole number of at least 1/],
     [{ "layers-per-block": 0 }, /expected --layers-per-block to be a whole number of at least 1/],

@@ -1,0 +1,167 @@
+/**
+ * Chooses the fastest plan for several devices of one machine that fits: which blocks are on which device, and all that
+ * `planAuto` chooses. Every device has the budget given; host memory and disk are shared, and hold one copy of the state
+ * in all, since a device holds that of its own blocks only.
+ */
+import { StromaError } from "../errors.js";
+import type { Graph } from "../graph/types.js";
+import {
+  type Alternative,
+  type AutoPlan,
+  type PlanReport,
+  type PlanRequest,
+  planAuto,
+  type RankPlan,
+  searched,
+} from "./auto.js";
+import type { PlacementTable } from "./auto-describe.js";
+import type { BoundBy } from "./simulate.js";
+import { STAGE_RULES, type StageRule } from "./stages.js";
+
+export interface RanksRequest extends PlanRequest {
+  /** At least 2. */
+  devices: number;
+  /** Only this rule. Default: the faster. */
+  stages?: StageRule;
+}
+
+export interface RankReport {
+  rank: number;
+  blocks: number[];
+  placements: PlacementTable;
+  peakDeviceBytes: number;
+  /** Its part of what all share. */
+  peakHostBytes: number;
+  peakDiskBytes: number;
+  bytesToDevicePerStep: number;
+  bytesFromDevicePerStep: number;
+  bytesSentPerStep: number;
+  bytesReceivedPerStep: number;
+  /** Share of the step in which it computes nothing. */
+  bubble: number;
+  boundBy: BoundBy;
+}
+
+/** Of all ranks together, but for peakDeviceBytes, which is that of the fullest device. */
+export interface RanksReport extends PlanReport {
+  devices: number;
+  stages: StageRule;
+  /** By block. */
+  stagesOf: number[];
+  bytesBetweenDevicesPerStep: number;
+  /** Share of all devices' time in which nothing is computed. */
+  bubble: number;
+  perRank: RankReport[];
+}
+
+/** `policy` is that of rank 0: of rank r it is { ...policy, stages: { ...policy.stages, rank: r } }. */
+export interface RanksPlan extends AutoPlan {
+  report: RanksReport;
+}
+
+/** Throws CONFIG for a request that makes no sense or more devices than blocks, TAPE for a graph that does not train. */
+export function planRanksAuto(graph: Graph, request: RanksRequest): RanksPlan {
+  const { devices } = request;
+  const [first, ...others] = rulesTried(graph, request);
+  const { rule, search, best } = first!;
+  const alone = planAuto(graph, request);
+  const plan = search.result();
+  const times = (tokensPerSecond: number) => `${(best.tokensPerSecond / tokensPerSecond).toFixed(2)} x slower`;
+  const alternatives: Alternative[] = [
+    ...others.map(({ rule, best: other }) => ({
+      plan: `${rule} stages: ${other.label}`,
+      fits: other.over === null,
+      why: other.over?.why ?? slowerStages(rule, times(other.tokensPerSecond)),
+      peakDeviceBytes: other.peaks?.deviceBytes ?? null,
+      peakHostBytes: other.peaks?.hostBytes ?? null,
+      predictedTokensPerSecond: other.simulation === null ? null : other.tokensPerSecond,
+    })),
+    {
+      plan: "one card",
+      fits: alone.report.fits,
+      why: alone.report.fits
+        ? alone.report.predictedTokensPerSecond > best.tokensPerSecond
+          ? "faster: a step is too small for so many cards"
+          : `${times(alone.report.predictedTokensPerSecond)}: one card does all the work`
+        : `does not fit: ${alone.missing!.cure}`,
+      peakDeviceBytes: alone.report.peakDeviceBytes,
+      peakHostBytes: alone.report.peakHostBytes,
+      predictedTokensPerSecond: alone.report.predictedTokensPerSecond,
+    },
+    {
+      plan: "data-parallel: every card runs all blocks on its part of the batch",
+      fits: false,
+      why: "not yet: ranks exchange boundaries, not gradients",
+      peakDeviceBytes: null,
+      peakHostBytes: null,
+      predictedTokensPerSecond: null,
+    },
+    ...plan.report.alternatives,
+  ];
+  return { ...plan, report: ranksReport(plan, devices, rule, alternatives) };
+}
+
+/**
+ * As `planRanksAuto`, for a trainer that is rank `rank`: its policy and tapes, without the report of alternatives. All ranks
+ * find the same plan if their requests, budgets included, are the same. Throws as `planRanksAuto`.
+ */
+export function planForRank(graph: Graph, request: RanksRequest, rank: number): AutoPlan {
+  const plan = rulesTried(graph, request)[0]!.search.result();
+  const mine = plan.ranks[rank];
+  if (mine === undefined) throw new StromaError("CONFIG", `[plan] there is no rank ${rank} of ${request.devices}`);
+  const policy = { ...plan.policy, stages: { ...plan.policy.stages!, rank } };
+  return { ...plan, policy, tapes: mine.tapes, simulation: mine.simulation };
+}
+
+/** Searched by each rule, the one to take first. */
+function rulesTried(graph: Graph, { devices, stages, ...request }: RanksRequest) {
+  if (!Number.isSafeInteger(devices) || devices < 2)
+    throw new StromaError("CONFIG", `[plan] expected devices to be a whole number of at least 2, got ${devices}`);
+  const tried = (stages === undefined ? STAGE_RULES : [stages]).map((rule) => {
+    const search = searched(graph, request, { ranks: devices, rule });
+    return { rule, search, best: search.chosen() };
+  });
+  const misfit = ({ best }: (typeof tried)[number]) => best.over?.bytes ?? 0;
+  return tried.toSorted((a, b) => misfit(a) - misfit(b) || b.best.tokensPerSecond - a.best.tokensPerSecond);
+}
+
+const slowerStages = (rule: StageRule, by: string): string =>
+  rule === "contiguous"
+    ? `${by}: a stretch of blocks waits for the stretch before it`
+    : `${by}: every block's output crosses between cards`;
+
+function ranksReport(
+  { report, ranks, policy }: AutoPlan,
+  devices: number,
+  stages: StageRule,
+  alternatives: Alternative[],
+): RanksReport {
+  const { of } = policy.stages!;
+  const perRank = ranks.map(({ peaks, placements, simulation }: RankPlan, rank): RankReport => {
+    const blocks = of.flatMap((r, b) => (r === rank ? [b] : []));
+    return {
+      rank,
+      blocks,
+      placements,
+      peakDeviceBytes: peaks.deviceBytes,
+      peakHostBytes: peaks.hostBytes,
+      peakDiskBytes: peaks.diskBytes,
+      bytesToDevicePerStep: simulation.bytesToDevice,
+      bytesFromDevicePerStep: simulation.bytesFromDevice,
+      bytesSentPerStep: simulation.bytesSent,
+      bytesReceivedPerStep: simulation.bytesReceived,
+      bubble: simulation.bubble,
+      boundBy: simulation.boundBy,
+    };
+  });
+  return {
+    ...report,
+    alternatives,
+    devices,
+    stages,
+    stagesOf: of,
+    bytesBetweenDevicesPerStep: perRank.reduce((sum, r) => sum + r.bytesSentPerStep, 0),
+    bubble: perRank.reduce((sum, r) => sum + r.bubble, 0) / devices,
+    perRank,
+  };
+}

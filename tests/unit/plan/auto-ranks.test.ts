@@ -1,0 +1,105 @@
+import { describe, expect, it } from "vitest";
+import { findModel } from "../../../src/models/registry.js";
+import { planAuto } from "../../../src/plan/auto.js";
+import { planForRank, planRanksAuto, type RanksRequest } from "../../../src/plan/auto-ranks.js";
+import { checkRanks } from "../../../src/plan/check-ranks.js";
+import { findProfile } from "../../../src/plan/profiles.js";
+import { writeTape } from "../../../src/plan/write-tape.js";
+
+describe("13 billion parameters over two 24 GB cards and 64 GB, 32 x 1 x 512, exact clip", () => {
+  const astro = findModel("astro-13b").graph({ mode: "train", dtype: "bfloat16" });
+  const request: RanksRequest = {
+    devices: 2,
+    dims: { B: 1, T: 512 },
+    gradientAccumulationSteps: 32,
+    state: { storage: "bfloat16", masterWeight: "none", optimizer: "adamw8bit" },
+    clip: "global",
+    profile: findProfile("rtx4090"),
+    budget: { deviceBytes: 24e9, hostBytes: 64e9, diskBytes: 0 },
+  };
+  const began = process.cpuUsage();
+  const plan = planRanksAuto(astro, request);
+  const seconds = process.cpuUsage(began).user / 1e6;
+  const { report } = plan;
+
+  it("fits 18 GB of each card and 55 GB of host in all, one copy of the state", () => {
+    expect(report).toMatchObject({ fits: true, devices: 2, update: "forward" });
+    expect(report.peakDeviceBytes).toBeLessThanOrEqual(18e9);
+    expect(report.peakHostBytes).toBeLessThanOrEqual(55e9);
+    expect(report.peakDeviceBytes).toBe(Math.max(...report.perRank.map((r) => r.peakDeviceBytes)));
+    expect(report.peakHostBytes).toBe(report.perRank.reduce((sum, r) => sum + r.peakHostBytes, 0));
+    expect(plan.policy.retainedDType).toBe("bfloat16");
+    // Processor time: the machine may be shared.
+    expect(seconds).toBeLessThan(5);
+  });
+
+  it("takes alternating stages, at 1.8 times the speed of one card and of contiguous ones at the least", () => {
+    expect(report.stages).toBe("alternating");
+    const alone = planAuto(astro, request).report.predictedTokensPerSecond;
+    expect(report.predictedTokensPerSecond).toBeGreaterThan(1.8 * alone);
+    const by = (start: string) => report.alternatives.find((a) => a.plan.startsWith(start))!;
+    expect(by("one card")).toMatchObject({ fits: true, predictedTokensPerSecond: alone });
+    expect(by("contiguous").predictedTokensPerSecond!).toBeLessThan(report.predictedTokensPerSecond / 1.8);
+    expect(by("data-parallel")).toMatchObject({ fits: false, why: expect.stringMatching(/^not yet/) });
+    expect(report.bubble).toBeLessThan(0.03);
+  });
+
+  it("writes tapes that the checker proves together", () => {
+    const flushes = plan.ranks.map(({ tapes }) => tapes.flush!);
+    checkRanks(
+      plan.graph,
+      plan.ranks.map(({ tapes }) => tapes.step),
+      flushes,
+    );
+    for (const [rank, { tapes }] of plan.ranks.entries()) {
+      const sent = tapes.step.instructions.reduce((n, i) => n + (i.op === "send" ? i.bytes : 0), 0);
+      expect(report.perRank[rank]!.bytesSentPerStep).toBe(sent);
+    }
+  });
+
+  it("moves blocks from a host that is too small to the cards that own them", () => {
+    const budget = { deviceBytes: 24e9, hostBytes: 46e9, diskBytes: 0 };
+    const { report: tight } = planRanksAuto(astro, { ...request, budget, stages: "alternating" });
+    expect(tight.fits).toBe(true);
+    expect(tight.peakHostBytes).toBeLessThanOrEqual(44e9);
+    expect(tight.peakDeviceBytes).toBeLessThanOrEqual(23e9);
+  });
+});
+
+describe("small models over several devices", () => {
+  const tiny = findModel("tiny").graph({ mode: "train" });
+  const request: RanksRequest = {
+    devices: 2,
+    dims: { B: 1, T: 128 },
+    gradientAccumulationSteps: 8,
+    state: { storage: "float32", masterWeight: "none", optimizer: "adamw" },
+    clip: "global",
+    profile: findProfile("cpu"),
+    budget: { deviceBytes: 4e9, hostBytes: 0, diskBytes: 0 },
+  };
+
+  it("leave enough micro-batches for all to work at once, where one device fuses all", () => {
+    expect(planAuto(tiny, request).report.microBatch.count).toBe(1);
+    const { report } = planRanksAuto(tiny, request);
+    expect(report.microBatch.count).toBeGreaterThanOrEqual(4);
+    expect(report.bubble).toBeLessThan(0.2);
+  });
+
+  it("keep to the stages asked for: contiguous ones run one forward, one backward", () => {
+    const { report } = planRanksAuto(tiny, { ...request, stages: "contiguous" });
+    expect(report).toMatchObject({ stages: "contiguous", order: "oneForwardOneBackward" });
+  });
+
+  it("give each rank its policy and tapes", () => {
+    const { ranks, policy } = planRanksAuto(tiny, request);
+    const mine = planForRank(tiny, request, 1);
+    expect(mine.tapes).toEqual(ranks[1]!.tapes);
+    expect(mine.policy.stages).toEqual({ ...policy.stages, rank: 1 });
+    expect(writeTape(mine.graph, mine.policy)).toEqual(mine.tapes);
+    expect(() => planForRank(tiny, request, 2)).toThrow(/there is no rank 2 of 2/);
+  });
+
+  it.each([1, 0, 2.5, 7])("refuse %d devices", (devices) => {
+    expect(() => planRanksAuto(tiny, { ...request, devices })).toThrow(/expected devices to be|would have no block/);
+  });
+});
