@@ -6,6 +6,7 @@ import { canonicalJson } from "../graph/hash.js";
 import type { Graph } from "../graph/types.js";
 import { probeMachine } from "../native.js";
 import { type AutoPlan, layersMerged, planAuto } from "../plan/auto.js";
+import { planForRank } from "../plan/auto-ranks.js";
 import { type Budget, showSize } from "../plan/budget.js";
 import { checkRanks } from "../plan/check-ranks.js";
 import { checkTape } from "../plan/checker.js";
@@ -161,7 +162,7 @@ function choosePolicy(graph: Graph, o: SettledOptions, dims: Record<string, numb
     clip: o.clip,
     state: stateFormat(o),
   });
-  if (o.ranks !== null) return { ...alone, policy: amongRanks(graph, resident, o, dims) };
+  if (o.ranks !== null) return amongRanks(graph, { ...alone, policy: resident }, o, dims);
   if (o.plan === "resident") return { ...alone, policy: resident };
   if (dims === null) throw unknownSizes(graph);
   if (o.plan === null) return { ...alone, policy: streamed(resident, o.offload as "host" | "disk", o, dims) };
@@ -176,38 +177,42 @@ function choosePolicy(graph: Graph, o: SettledOptions, dims: Record<string, numb
   return { ...alone, policy: streamed(policy, "disk", o, dims) };
 }
 
-/** A plan over ranks: as asked, or the first that fits the budgets on every rank, from what is fastest. */
-function amongRanks(graph: Graph, resident: Policy, o: SettledOptions, dims: Record<string, number> | null): Policy {
+/** A plan over ranks: as asked, or the planner's, which every rank finds alike. */
+function amongRanks(
+  graph: Graph,
+  { policy: resident, ...alone }: Chosen,
+  o: SettledOptions,
+  dims: Record<string, number> | null,
+): Chosen {
   if (dims === null) throw unknownSizes(graph);
-  const { rank, size: ranks } = o.ranks!;
-  const stages = { rank, ranks, of: assignStages(graph, ranks, o.stages) };
+  const { rank, size: ranks, localSize = ranks } = o.ranks!;
+  const stages = { rank, ranks, of: assignStages(alone.graph, ranks, o.stages) };
+  const asked = (policy: Policy): Chosen => ({ ...alone, policy: { ...policy, stages } });
+  if (o.plan === null) return asked(streamed(resident, o.offload as "host" | "disk", o, dims));
   // Boundaries have places, since both ends of a link must know their size.
-  const here: Policy = { ...resident, boundary: "device", dims, stages };
-  if (o.plan === "resident") return here;
-  const away = (home: "host" | "disk"): Policy => ({ ...streamed(resident, home, o, dims), recompute: "all", stages });
-  if (o.plan === null) return { ...streamed(resident, o.offload as "host" | "disk", o, dims), stages };
+  if (o.plan === "resident" || ranks === 1) return asked({ ...resident, boundary: "device", dims });
   const budget = budgetOf(o);
-  const local = o.ranks!.localSize ?? ranks;
-  const tried: Policy[] = [here, { ...here, recompute: "all" }];
-  if (budget.hostBytes > 0) tried.push(away("host"));
-  if (budget.diskBytes > 0) tried.push(away("disk"));
-  const device = o.device.startsWith("cuda") ? "cuda" : "cpu";
-  let least: TapePeaks | null = null;
-  for (const policy of tried) {
-    const peaks = everyRank(graph, policy).map(({ step }) => tapePeaks(graph, step, device));
-    const most = (key: "deviceBytes" | "hostBytes" | "diskBytes") => Math.max(...peaks.map((p) => p[key]));
-    const beside = o.device === "cpu" ? most("deviceBytes") + most("hostBytes") : most("deviceBytes");
-    if (
-      beside <= budget.deviceBytes / (o.device === "cpu" ? local : 1) &&
-      most("hostBytes") * local <= (o.device === "cpu" ? budget.deviceBytes : budget.hostBytes) &&
-      most("diskBytes") * local <= budget.diskBytes
-    )
-      return policy;
-    least = peaks[0]!;
+  const request = {
+    dims,
+    gradientAccumulationSteps: o.gradientAccumulationSteps,
+    state: stateFormat(o),
+    clip: o.clip,
+    profile: profileOf(o),
+    budget: o.device === "cpu" ? { deviceBytes: budget.deviceBytes / localSize, hostBytes: 0, diskBytes: 0 } : budget,
+    devices: ranks,
+    stages: o.stages,
+    recompute: o.recompute ?? undefined,
+    layersPerBlock: o.layersPerBlock ?? undefined,
+  };
+  const found = planForRank(graph, request, rank);
+  if (found.report.fits) {
+    const { policy, graph: planned, blocksMerged: merged, report } = found;
+    return { policy, graph: planned, merged, fused: report.microBatch.fused };
   }
-  throw outOfMemory(
-    `on ${ranks} ranks, ${showSize(least!.deviceBytes)} of device and ${showSize(least!.hostBytes)} of host memory are needed each. Take more ranks, smaller micro-batches, or offload`,
-  );
+  if (o.device !== "cpu" || budget.diskBytes === 0)
+    throw outOfMemory(`over ${ranks} ranks, ${showSize(found.missing!.bytes)} are missing. ${found.missing!.cure}`);
+  const update = o.clip === "global" ? "forward" : "backward";
+  return asked(streamed({ ...resident, recompute: "all", update }, "disk", o, dims));
 }
 
 /** Everything at home in one place, a block on the device while it works. */
