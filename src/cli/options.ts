@@ -106,7 +106,7 @@ const SCHEDULES = SCHEDULE_KINDS as unknown as readonly ["constant", "linear", "
 type Specs = Readonly<Record<string, OptionSpec>>;
 
 /** Meant for under five minutes on two cores: 3,616 tokens a step. */
-export const DEMO_STEPS = 1000;
+export const DEMO_STEPS = 700;
 export const DEMO_PLANETS = 256;
 
 export const DEFAULT_RANK_TIMEOUT = 30;
