@@ -68,17 +68,19 @@ async function compare(rule: StageRule, schedule: Schedule) {
   );
   const alone: number[] = [];
   const together: number[] = [];
+  let sent = 0;
   for (let i = 0; i <= steps; i++) {
     const a = await one.step();
     const began = performance.now();
-    const [b] = await Promise.all(two.map((r) => r.step()));
+    const both = await Promise.all(two.map((r) => r.step()));
+    const [b] = both;
+    sent = both.reduce((n, r) => n + r.bytesSent, 0);
     const seconds = (performance.now() - began) / 1000;
     if (a.loss !== b!.loss || a.gradNorm !== b!.gradNorm) throw new Error("two ranks compute something else than one");
     if (i === 0) continue;
     alone.push(a.seconds);
     together.push(seconds);
   }
-  const sent = two.reduce((n, r) => n + r.results.at(-1)!.bytesSent, 0);
   const planned = two.reduce(
     (n, r) => n + r.tape.instructions.reduce((m, i) => m + (i.op === "send" ? i.bytes : 0), 0),
     0,
