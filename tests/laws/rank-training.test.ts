@@ -123,6 +123,26 @@ describe.skipIf(!native)("ranks", () => {
     expect((settled[0] as PromiseRejectedResult).reason.message).toMatch(/rank 1 \(.*\) failed: .*burned/);
   });
 
+  test("stop at one boundary when one of them is asked to, with a whole checkpoint", async () => {
+    const port = await freePort();
+    const spec = { size: 2, address: "127.0.0.1", port, serve: true, prefix: "", joinSeconds: 30, silenceSeconds: 30 };
+    const outputDir = folder("asked");
+    const done = await Promise.all(
+      [0, 1].map(async (rank) => {
+        await using trainer = new Trainer({ ...options, steps: 500, outputDir, ranks: { ...spec, rank } });
+        const events: TrainEvent[] = [];
+        for await (const e of trainer.run()) {
+          events.push(e);
+          if (rank === 1 && e.event === "step" && e.step === 2) trainer.stop();
+        }
+        return only(events, "done")[0]!;
+      }),
+    );
+    expect(done.map((d) => d.reason)).toEqual(["interrupted", "interrupted"]);
+    expect(done[1]!.step).toBe(done[0]!.step);
+    expect((await openCheckpoint(outputDir)).state.step).toBe(done[0]!.step);
+  });
+
   test("one that never comes is named", async () => {
     const port = await freePort();
     const spec = { rank: 0, size: 2, address: "127.0.0.1", port, serve: true, prefix: "", silenceSeconds: 5 };
