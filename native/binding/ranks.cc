@@ -19,9 +19,10 @@ class RanksWrap : public Napi::ObjectWrap<RanksWrap> {
 
   static Napi::Function define(Napi::Env env) {
     using R = RanksWrap;
-    return DefineClass(env, "NativeRanks",
-                       {InstanceMethod<&R::gather>("gather"), InstanceMethod<&R::fail>("fail"),
-                        InstanceMethod<&R::lost>("lost"), InstanceMethod<&R::leave>("leave"), InstanceMethod<&R::counts>("counts")});
+    return DefineClass(
+        env, "NativeRanks",
+        {InstanceMethod<&R::gather>("gather"), InstanceMethod<&R::fail>("fail"), InstanceMethod<&R::lost>("lost"),
+         InstanceMethod<&R::leave>("leave"), InstanceMethod<&R::counts>("counts")});
   }
   explicit RanksWrap(const Napi::CallbackInfo& info) : Napi::ObjectWrap<RanksWrap>(info) {
     if (info.Length() != 1 || !info[0].IsExternal()) {
