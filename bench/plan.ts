@@ -75,7 +75,7 @@ const heldOut: Shape[] = [
   shape([512, 4, 16_384], [1, 64, 8], "device", float32State),
   shape([896, 3, 300], [1, 1024, 1], "host", float32State),
   shape([256, 8, 512], [2, 512, 2], "device", eightBitState, {}, { documentMask: true, qkNorm: true }),
-  shape([448, 5, 2000], [4, 96, 3], "host", split, kept),
+  shape([448, 5, 2000], [4, 96, 3], "host", split, { schedule: "depthFirst", update: "end" }),
 ];
 
 loadAddon();
