@@ -409,8 +409,8 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
       return post(info, [](engine::Executor& executor) -> Finish {
         struct Row {
           std::string kind, name, dtype;
-          std::vector<int64_t> shape;
-          int64_t bytes;
+          std::vector<int64_t> shape;  // of the whole tensor
+          int64_t begin, bytes;        // of it, what is here
         };
         std::vector<Row> rows;
         const engine::ModelState& state = executor.state();
@@ -420,8 +420,10 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
             if (!state.holds(kind, p)) continue;
             const auto shape = state.shape_of(kind, p);
             const at::ScalarType dtype = state.dtype_of(kind);
-            const int64_t bytes = c10::multiply_integers(shape) * static_cast<int64_t>(c10::elementSize(dtype));
-            rows.push_back({engine::state_kind_name(kind), p.spec.name, dtype_name(dtype), shape, bytes});
+            const int64_t itemsize = static_cast<int64_t>(c10::elementSize(dtype));
+            rows.push_back({engine::state_kind_name(kind), p.spec.name, dtype_name(dtype),
+                            state.whole_shape_of(kind, p), state.begin_of(kind, p) * itemsize,
+                            c10::multiply_integers(shape) * itemsize});
           }
         return [rows = std::move(rows)](Napi::Env env) -> Napi::Value {
           Napi::Array result = Napi::Array::New(env, rows.size());
@@ -433,6 +435,7 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
             Napi::Array shape = Napi::Array::New(env, rows[i].shape.size());
             for (uint32_t d = 0; d < rows[i].shape.size(); ++d) shape.Set(d, static_cast<double>(rows[i].shape[d]));
             row.Set("shape", shape);
+            row.Set("begin", static_cast<double>(rows[i].begin));
             row.Set("bytes", static_cast<double>(rows[i].bytes));
             result.Set(i, row);
           }

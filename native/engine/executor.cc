@@ -294,6 +294,12 @@ void Executor::execute(Step& step, const Instruction& at) {
     case Op::kNorm:
       norm(step, at);
       break;
+    case Op::kPartial:
+      partial(step, at);
+      break;
+    case Op::kReduce:
+      reduce(step, at);
+      break;
     case Op::kReport:
       report(step);
       break;
@@ -424,6 +430,7 @@ StepResult Executor::step(const StepRequest& request, const std::atomic<bool>& c
   Step step(request, tape);
   step.slots.resize(tape.slots);
   step.norms.resize(state_->parameters.size());
+  step.own_norms.resize(state_->parameters.size());
   step.next.touched.assign(state_->parameters.size(), 0);
   step.result.losses.assign(graph.losses.size(), 0);
   step.result.micro_batch_losses.assign(tape.micro_batches, 0);
@@ -433,7 +440,7 @@ StepResult Executor::step(const StepRequest& request, const std::atomic<bool>& c
   for (auto& by_block : step.shapes) by_block.resize(graph.blocks.size());
   for (const BlockSpec& block : graph.blocks) step.touched.emplace_back(block.parameters.size(), 0);
   step.batches = request.micro_batches;
-  const std::vector<int>& stages = state_->placement().stages;
+  const Placement& placement = state_->placement();
   for (int m = 0; m < tape.micro_batches; ++m) {
     const Batch& batch = request.micro_batches[m];
     step.dims.push_back(bind(graph, batch, "micro-batch " + std::to_string(m)));
@@ -441,9 +448,13 @@ StepResult Executor::step(const StepRequest& request, const std::atomic<bool>& c
     for (const LossTerm& term : graph.losses) counts.push_back(count(term, batch));
     for (size_t i = 0; i < counts.size(); ++i) step.counts[i] += counts[i];
     step.micro_counts.push_back(std::move(counts));
+    if (!placement.runs(m)) {
+      step.batches[m].clear();
+      continue;
+    }
     // Boundaries that come from other ranks have the shapes that the graph says.
-    for (size_t b = 0; b < stages.size(); ++b) {
-      if (stages[b] == spec_.ranks->spec().rank) continue;
+    for (size_t b = 0; b < graph.blocks.size(); ++b) {
+      if (placement.is_mine(b)) continue;
       for (const ProgramOutput& output : graph.programs[graph.blocks[b].program].outputs) {
         std::vector<int64_t> shape;
         for (const Expression& size : output.shape) shape.push_back(size.evaluate(graph.dims, step.dims[m]));
@@ -551,7 +562,7 @@ std::map<std::string, at::Tensor> Executor::run(const std::string& name, const B
     for (const int p : loaded.parameters[b]) {
       const Parameter& parameter = state_->parameters[p];
       parameters.push_back(flat[parameter.spec.owner]
-                               .narrow(0, parameter.layout.param, parameter.layout.elements)
+                               .narrow(0, parameter.offset, c10::multiply_integers(parameter.spec.shape))
                                .view(parameter.spec.shape));
     }
     boundaries[b] = run_block(loaded, static_cast<int>(b), std::move(inputs), parameters, dims);
@@ -567,8 +578,15 @@ std::map<std::string, at::Tensor> Executor::run(const std::string& name, const B
   return outputs;
 }
 
-// All parameters that a block owns, in the graph's dtype: its home, or a copy.
+// All parameters that a block owns, in the graph's dtype: its home, or a copy. With shards the ranks that hold them call
+// this together.
 at::Tensor Executor::flat_parameters(int owner) const {
+  const BlockLayout& block = state_->layout[owner];
+  if (state_->placement().shards() > 1) {
+    at::Tensor whole = at::empty({block.all.size()}, at::dtype(spec_.dtype));
+    gather_shards(owner, whole);
+    return whole.to(spec_.device);
+  }
   const Place& home = *state_->placement().param[owner];
   const at::ScalarType storage = state_->format().storage;
   const int64_t elements = home.bytes / static_cast<int64_t>(c10::elementSize(storage));

@@ -116,6 +116,7 @@ class Executor {
                                     const std::vector<at::Tensor>& parameters, const DimValues& dims,
                                     Keeper* keeper = nullptr) const;
   at::Tensor flat_parameters(int owner) const;
+  void gather_shards(int owner, at::Tensor& whole) const;
   // With ranks (exchange.cc).
   void report(Step& step);
   void exchange(Step& step);
@@ -142,7 +143,13 @@ class Executor {
   void record_loss(Step& step, const Instruction& at, const Kept& ran);
   void cast(Step& step, const Instruction& at);
   at::Tensor summed(const Step& step, const Instruction& at, const Parameter& parameter, bool form) const;
+  at::Tensor user_sums(const Step& step, const Instruction& at, const Parameter& parameter, bool form) const;
   double block_coefficient(const Step& step, int block) const;
+  void partial(Step& step, const Instruction& at);
+  void reduce(Step& step, const Instruction& at);
+  void share_norms(Step& step, int block) const;
+  at::Tensor combined(const std::vector<at::Tensor>& norms) const;
+  bool reached(const Step& step, const Parameter& parameter) const;
   void norm(Step& step, const Instruction& at);
   void coefficient(Step& step);
   void pack(Step& step, const Instruction& at);

@@ -73,7 +73,7 @@ std::vector<at::Tensor> Executor::parameters_at(const Step& step, const Instruct
   for (const int index : train_->parameters[at.block]) {
     const Parameter& p = state_->parameters[index];
     const size_t owner = std::find(owners.begin(), owners.end(), p.spec.owner) - owners.begin();
-    at::Tensor leaf = state_->memory().view(place(step, at.params[owner], "parameters"), p.layout.param * itemsize,
+    at::Tensor leaf = state_->memory().view(place(step, at.params[owner], "parameters"), p.offset * itemsize,
                                             p.spec.shape, spec_.dtype);
     if (p.spec.trainable) leaf.set_requires_grad(true);
     leaves.push_back(std::move(leaf));

@@ -6,6 +6,7 @@
  * Two ranks meet in the sender's order: the k-th send meets the k-th receive.
  */
 import { Flow } from "./flow.js";
+import { membersOf, rankAt } from "./mesh.js";
 import type { Policy } from "./policy.js";
 import type { Boundary } from "./types.js";
 import { visitsOf } from "./visits.js";
@@ -81,7 +82,7 @@ const keyOf = (forward: boolean, block: number, microBatch: number): string =>
 /** All crossings, in one order that every rank derives alike. */
 function crossings(flow: Flow, { microBatches, stages, schedule, update }: Ordered): Crossing[] {
   const whole = new Flow(flow.graph);
-  const rankOf = (b: number) => stages!.of[b]!;
+  const rankOf = (b: number, m: number) => rankAt(stages!, stages!.of[b]!, m % membersOf(stages));
   const result: Crossing[] = [];
   const firstRead = firstReads(flow.graph, { microBatches, stages: stages!, schedule, update });
   for (const b of flow.graph.blocks.keys()) {
@@ -92,11 +93,11 @@ function crossings(flow: Flow, { microBatches, stages, schedule, update }: Order
         const at = { block: b, output, microBatch: m };
         for (let r = 0; r < stages!.ranks; r++) {
           const reader = firstRead.get(`${r} ${b}:${output} ${m}`);
-          if (r === rankOf(b) || reader === undefined) continue;
+          if (r === rankOf(b, m) || reader === undefined) continue;
           result.push({
             operand: { kind: "x", ...at },
             count: 0,
-            from: { rank: rankOf(b), key: keyOf(true, b, m) },
+            from: { rank: rankOf(b, m), key: keyOf(true, b, m) },
             to: { rank: r, key: reader },
           });
         }
@@ -104,12 +105,12 @@ function crossings(flow: Flow, { microBatches, stages, schedule, update }: Order
         for (const [k, stop] of stops.entries()) {
           const next = stops[k + 1];
           count += stop.adds;
-          if (next === undefined || rankOf(next.block) === rankOf(stop.block)) continue;
+          if (next === undefined || rankOf(next.block, m) === rankOf(stop.block, m)) continue;
           result.push({
             operand: { kind: "dx", ...at },
             count,
-            from: { rank: rankOf(stop.block), key: keyOf(false, stop.block, m) },
-            to: { rank: rankOf(next.block), key: keyOf(false, next.block, m) },
+            from: { rank: rankOf(stop.block, m), key: keyOf(false, stop.block, m) },
+            to: { rank: rankOf(next.block, m), key: keyOf(false, next.block, m) },
           });
         }
       }

@@ -1,8 +1,18 @@
 /** What a tape is written from, and which combinations make no sense. */
 import { StromaError } from "../errors.js";
 import type { Graph } from "../graph/types.js";
+import { membersOf, shardsOf } from "./mesh.js";
 import { checkStages, isContiguous } from "./stages.js";
-import type { Clip, Recompute, RetainedDType, Schedule, Stages, StateFormat, UpdateOrder } from "./types.js";
+import type {
+  Clip,
+  GradientDType,
+  Recompute,
+  RetainedDType,
+  Schedule,
+  Stages,
+  StateFormat,
+  UpdateOrder,
+} from "./types.js";
 
 export type Space3 = "device" | "host" | "disk";
 /** One place for all blocks, or one for each. */
@@ -33,6 +43,8 @@ export interface Policy {
   parts: number;
   /** Blocks over ranks, and which rank's tape is to be written. Absent: one rank. Boundaries then need places. */
   stages?: Stages;
+  /** What gradients travel as between the members of a stage. Default: as wide as they are summed. */
+  gradientDType?: GradientDType;
 }
 
 export const homeOf = (home: Home, block: number): Space3 => (typeof home === "string" ? home : home(block));
@@ -55,6 +67,19 @@ export function checkPolicy(graph: Graph, policy: Policy): void {
       'schedule "oneForwardOneBackward" is for stages of neighbouring blocks: others would wait for each other for ever. ' +
         'Take stages "contiguous", or another order',
     );
+  if (membersOf(policy.stages) > microBatches)
+    refuse(
+      `each of ${membersOf(policy.stages)} ranks of a stage needs a micro-batch of its own, and there are ${microBatches}. ` +
+        "Accumulate over more micro-batches, or take fewer shards",
+    );
+  const members = membersOf(policy.stages);
+  if (shardsOf(policy.stages) > 1 && policy.schedule !== "breadthFirst" && microBatches % members !== 0)
+    refuse(
+      `in order "${policy.schedule}" each micro-batch gathers every block, so all ranks need equally many, and ` +
+        `${microBatches} / ${members} is no whole number. Accumulate over a multiple of ${members}, or go breadth-first`,
+    );
+  if (policy.gradientDType === "float64" && graph.dtype !== "float64")
+    refuse(`gradients of a ${graph.dtype} graph are summed in float32: they do not travel as float64`);
   if (policy.stages !== undefined && boundary === "slot")
     refuse('ranks exchange boundaries of a known size. Give dims, and boundary "device", "host" or "disk"');
   if (update === "backward" && clip === "global")

@@ -7,6 +7,7 @@ import { programCost } from "../graph/costs.js";
 import { evaluate } from "../graph/dims.js";
 import type { Graph } from "../graph/types.js";
 import { ownersOf } from "./layout.js";
+import { membersOf, replicasOf, shardsOf } from "./mesh.js";
 import type { Stages } from "./types.js";
 
 /**
@@ -17,7 +18,10 @@ import type { Stages } from "./types.js";
 export type StageRule = "alternating" | "contiguous";
 export const STAGE_RULES = ["alternating", "contiguous"] as const satisfies readonly StageRule[];
 
-/** Blocks that share a parameter (tied embeddings) go where the first of them is. Throws CONFIG for too many ranks. */
+/**
+ * By block, one of so many stages. Blocks that share a parameter (tied embeddings) go where the first of them is. Throws
+ * CONFIG for too many.
+ */
 export function assignStages(graph: Graph, ranks: number, rule: StageRule = "alternating"): number[] {
   const blocks = graph.blocks.length;
   const of = rule === "alternating" ? graph.blocks.map((_, b) => b % ranks) : contiguous(workOf(graph), ranks);
@@ -30,7 +34,8 @@ export function assignStages(graph: Graph, ranks: number, rule: StageRule = "alt
 }
 
 /** Throws CONFIG for ranks without work, and for a parameter that two ranks would use. */
-export function checkStages(graph: Graph, { rank, ranks, of }: Stages): void {
+export function checkStages(graph: Graph, stages: Stages): void {
+  const { rank, ranks, of } = stages;
   const refuse = (why: string) => {
     throw new StromaError("CONFIG", `[plan] ${why}`);
   };
@@ -38,18 +43,27 @@ export function checkStages(graph: Graph, { rank, ranks, of }: Stages): void {
   if (!Number.isSafeInteger(rank) || rank < 0 || rank >= ranks) refuse(`there is no rank ${rank} of ${ranks}`);
   if (of.length !== graph.blocks.length)
     refuse(`expected a rank for each of ${graph.blocks.length} blocks, got ${of.length}`);
+  for (const [what, n] of Object.entries({ shards: shardsOf(stages), replicas: replicasOf(stages) }))
+    if (!Number.isSafeInteger(n) || n < 1) refuse(`expected at least 1 of ${what}, got ${n}`);
+  const members = membersOf(stages);
+  const count = ranks / members;
+  if (!Number.isSafeInteger(count))
+    refuse(
+      `${ranks} ranks are no whole number of stages of ${members} (shards x replicas) each: ${ranks} / ${members}`,
+    );
+  const one = members === 1 ? "rank" : "stage";
   for (const [b, r] of of.entries()) {
-    if (!Number.isSafeInteger(r) || r < 0 || r >= ranks)
-      refuse(`block ${graph.blocks[b]!.name} is on rank ${r}, and there are ${ranks}`);
+    if (!Number.isSafeInteger(r) || r < 0 || r >= count)
+      refuse(`block ${graph.blocks[b]!.name} is on ${one} ${r}, and there are ${count}`);
     for (const owner of ownersOf(graph, b))
       if (of[owner] !== r)
         refuse(
-          `blocks ${graph.blocks[owner]!.name} and ${graph.blocks[b]!.name} share a parameter: give them one rank`,
+          `blocks ${graph.blocks[owner]!.name} and ${graph.blocks[b]!.name} share a parameter: give them one ${one}`,
         );
   }
-  for (let r = 0; r < ranks; r++)
+  for (let r = 0; r < count; r++)
     if (!of.includes(r))
-      refuse(`rank ${r} of ${ranks} would have no block of ${graph.model}, which has ${of.length}. Take fewer ranks`);
+      refuse(`${one} ${r} of ${count} would have no block of ${graph.model}, which has ${of.length}. Take fewer ranks`);
 }
 
 /** Whether no forward of a rank needs one of a rank that begins behind it. A loss may lie anywhere. */

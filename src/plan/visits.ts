@@ -3,6 +3,7 @@
  * all micro-batches breadth-first, one of them depth-first.
  */
 import type { Flow } from "./flow.js";
+import { batchesOf, stageCount, stageOf } from "./mesh.js";
 import type { Policy } from "./policy.js";
 
 export interface Pass {
@@ -27,7 +28,7 @@ export interface Visit {
 export function visitsOf(flow: Flow, policy: Pick<Policy, "schedule" | "update" | "microBatches" | "stages">): Visit[] {
   const { schedule, update, microBatches } = policy;
   const visits: Visit[] = [];
-  const all = [...Array(microBatches).keys()];
+  const all = batchesOf(flow.stages, microBatches);
   let index = 0;
   const visit = (way: "forward" | "backward", block: number, batches: number[]) => {
     const op: Pass["op"] = way === "backward" && flow.isTurn(block) ? "turn" : way;
@@ -44,10 +45,10 @@ export function visitsOf(flow: Flow, policy: Pick<Policy, "schedule" | "update" 
     forward(all);
     backward(all);
   } else {
-    const ahead = schedule === "depthFirst" ? 0 : Math.min(microBatches - 1, stagesAfter(flow));
-    for (let m = 0; m < microBatches + ahead; m++) {
-      if (m < microBatches) forward([m]);
-      if (m >= ahead) backward([m - ahead]);
+    const ahead = schedule === "depthFirst" ? 0 : Math.min(all.length - 1, stagesAfter(flow));
+    for (let i = 0; i < all.length + ahead; i++) {
+      if (i < all.length) forward([all[i]!]);
+      if (i >= ahead) backward([all[i - ahead]!]);
     }
   }
   for (const b of flow.trained) {
@@ -63,11 +64,12 @@ export function visitsOf(flow: Flow, policy: Pick<Policy, "schedule" | "update" 
   return visits;
 }
 
-/** Ranks whose first block comes behind that of the flow's own. */
+/** Stages whose first block comes behind that of the flow's own. */
 function stagesAfter({ stages }: Flow): number {
   if (stages === undefined) return 0;
-  const { of, ranks, rank } = stages;
-  return [...Array(ranks).keys()].filter((r) => of.indexOf(r) > of.indexOf(rank)).length;
+  const { of } = stages;
+  const own = of.indexOf(stageOf(stages));
+  return [...Array(stageCount(stages)).keys()].filter((stage) => of.indexOf(stage) > own).length;
 }
 
 /** Visits that only carry out what the last step retained. */

@@ -165,7 +165,10 @@ export interface StateEntry {
   kind: StateKind;
   name: string;
   dtype: DType;
+  /** Of the whole tensor. */
   shape: number[];
+  /** What the session holds of it: `bytes` from byte `begin` on; with shards often a part, which reads as flat. */
+  begin: number;
   bytes: number;
 }
 

@@ -12,7 +12,7 @@ import type { NativeRanks } from "../../src/train/native-session.js";
 import { nativeOrSkip } from "../support/native.js";
 import { random } from "../support/random-models.js";
 import { lawCase } from "./offload-case.js";
-import { joinAll, trainRanks } from "./rank-case.js";
+import { joinAll, randomStages, trainRanks } from "./rank-case.js";
 import { differences, randomPolicy, sessionOptions, trainResident } from "./trial.js";
 
 const native = nativeOrSkip();
@@ -53,7 +53,7 @@ describe.skipIf(!native)("any number of ranks gives the same numbers", () => {
       });
       const label = `seed ${seed}: ${c.label}, ${size} ranks, blocks on ${of}, ${JSON.stringify({ ...policy, dims: undefined })}`;
       const plain = await trainResident(native!, c, options.threads);
-      const other = await trainRanks(native!, ranks, options, c, policy, of).catch((error: Error) => {
+      const other = await trainRanks(native!, ranks, options, c, policy, { of }).catch((error: Error) => {
         throw new Error(`${label}: ${error.message}`);
       });
       expect(differences(other, plain), label).toEqual([]);
@@ -69,15 +69,3 @@ describe.skipIf(!native)("any number of ranks gives the same numbers", () => {
     expect(readdirSync(folder)).toEqual([]);
   });
 });
-
-/** Tied blocks together, every rank with something; null where the draw left one without. */
-function randomStages(next: () => number, graph: ReturnType<typeof lawCase>["graph"], ranks: number): number[] | null {
-  const of: number[] = [];
-  const inOrder = next() < 0.5;
-  for (const b of graph.blocks.keys()) {
-    const first = ownersOf(graph, b)[0];
-    const drawn = inOrder ? Math.floor((b * ranks) / graph.blocks.length) : Math.floor(next() * ranks);
-    of.push(first !== undefined && first < b ? of[first]! : drawn);
-  }
-  return new Set(of).size === ranks ? of : null;
-}

@@ -5,7 +5,7 @@ import { checkRanks } from "../../../src/plan/check-ranks.js";
 import { ownersOf } from "../../../src/plan/layout.js";
 import { residentPolicy } from "../../../src/plan/planner.js";
 import { assignStages, isContiguous, type StageRule } from "../../../src/plan/stages.js";
-import type { Instruction, Schedule, Tape } from "../../../src/plan/types.js";
+import type { Boundary, Instruction, Schedule, Tape } from "../../../src/plan/types.js";
 import { writeTape } from "../../../src/plan/write-tape.js";
 import { resolveModel } from "../../../src/train/model-source.js";
 import { random, randomModel } from "../../support/random-models.js";
@@ -97,7 +97,8 @@ describe("the tapes of ranks", () => {
         i.place = t.places.findIndex((p, k) => k !== i.place && p.space === "device" && p.bytes >= i.bytes);
       },
       "of another micro-batch": (t, at) => {
-        exchange(t, at).operand.microBatch = (exchange(t, at).operand.microBatch + 1) % 4;
+        const operand = exchange(t, at).operand as Boundary;
+        operand.microBatch = (operand.microBatch + 1) % 4;
       },
       "with another count": (t, at) => {
         exchange(t, at).count += 1;
