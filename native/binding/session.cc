@@ -41,7 +41,8 @@ class SnapshotWrap : public Napi::ObjectWrap<SnapshotWrap> {
   static Napi::Function define(Napi::Env env) {
     return DefineClass(
         env, "NativeSnapshot",
-        {InstanceMethod<&SnapshotWrap::write>("write"), InstanceMethod<&SnapshotWrap::dispose>("dispose")});
+        {InstanceMethod<&SnapshotWrap::write>("write"), InstanceMethod<&SnapshotWrap::write_parts>("writeParts"),
+         InstanceMethod<&SnapshotWrap::dispose>("dispose")});
   }
   explicit SnapshotWrap(const Napi::CallbackInfo& info) : Napi::ObjectWrap<SnapshotWrap>(info) {
     if (info.Length() == 1 && info[0].IsExternal()) {
@@ -62,26 +63,45 @@ class SnapshotWrap : public Napi::ObjectWrap<SnapshotWrap> {
   };
 
  private:
-  Napi::Value write(const Napi::CallbackInfo& info) {
+  // What is written, and how what it returns looks in JavaScript.
+  template <typename Work>
+  Napi::Value writing(const Napi::CallbackInfo& info, Work work) {
     return entry(info, [&]() -> Napi::Value {
       if (!data_) throw CodedError("DISPOSED", "[snapshot] this snapshot was disposed");
       if (info.Length() < 3 || !info[0].IsString())
-        throw CodedError("INVALID_ARGUMENT", "[snapshot] expected write(path, header, entries)");
+        throw CodedError("INVALID_ARGUMENT", "[snapshot] expected (path, header, entries)");
       const auto [bytes, size] = view_bytes(info[1], "header");
       return lane_->post(
-          info,
-          [data = data_, check = check_, path = info[0].As<Napi::String>().Utf8Value(),
-           header = std::string(static_cast<const char*>(bytes), size), entries = decode_entries(info[2])]() -> Finish {
+          info, [data = data_, check = check_, work, path = info[0].As<Napi::String>().Utf8Value(),
+                 header = std::string(static_cast<const char*>(bytes), size), entries = decode_entries(info[2])] {
             if (!data->copied() && check) check();
-            const auto written = data->write(path, header, entries);
-            return [written](Napi::Env env) -> Napi::Value {
-              Napi::Object result = Napi::Object::New(env);
-              result.Set("bytes", static_cast<double>(written.bytes));
-              result.Set("sha256", written.sha256);
-              return result;
-            };
+            return work(*data, path, header, entries);
           });
     });
+  }
+  using Entries = std::vector<engine::FileEntry>;
+  Napi::Value write(const Napi::CallbackInfo& info) {
+    return writing(info,
+                   [](const engine::Snapshot& data, const std::string& path, const std::string& header,
+                      const Entries& entries) -> Finish {
+                     const auto written = data.write(path, header, entries);
+                     return [written](Napi::Env env) -> Napi::Value {
+                       Napi::Object result = Napi::Object::New(env);
+                       result.Set("bytes", static_cast<double>(written.bytes));
+                       result.Set("sha256", written.sha256);
+                       return result;
+                     };
+                   });
+  }
+  Napi::Value write_parts(const Napi::CallbackInfo& info) {
+    return writing(info,
+                   [](const engine::Snapshot& data, const std::string& path, const std::string& header,
+                      const Entries& entries) -> Finish {
+                     const int64_t written = data.write_parts(path, header, entries);
+                     return [written](Napi::Env env) -> Napi::Value {
+                       return Napi::Number::New(env, static_cast<double>(written));
+                     };
+                   });
   }
   Napi::Value dispose(const Napi::CallbackInfo& info) {
     data_.reset();

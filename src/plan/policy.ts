@@ -44,7 +44,7 @@ export interface Policy {
   /** Blocks over ranks, and which rank's tape is to be written. Absent: one rank. Boundaries then need places. */
   stages?: Stages;
   /** What gradients travel as between the members of a stage. Default: as wide as they are summed. */
-  gradientDType?: GradientDType;
+  reduceDType?: GradientDType;
 }
 
 export const homeOf = (home: Home, block: number): Space3 => (typeof home === "string" ? home : home(block));
@@ -78,7 +78,7 @@ export function checkPolicy(graph: Graph, policy: Policy): void {
       `in order "${policy.schedule}" each micro-batch gathers every block, so all ranks need equally many, and ` +
         `${microBatches} / ${members} is no whole number. Accumulate over a multiple of ${members}, or go breadth-first`,
     );
-  if (policy.gradientDType === "float64" && graph.dtype !== "float64")
+  if (policy.reduceDType === "float64" && graph.dtype !== "float64")
     refuse(`gradients of a ${graph.dtype} graph are summed in float32: they do not travel as float64`);
   if (policy.stages !== undefined && boundary === "slot")
     refuse('ranks exchange boundaries of a known size. Give dims, and boundary "device", "host" or "disk"');

@@ -100,7 +100,7 @@ class Writer {
     this.sharding =
       stages === undefined || membersOf(stages) === 1
         ? null
-        : new Sharding(flow.graph, stages, layouts, this.wide, policy.gradientDType ?? this.wide, this);
+        : new Sharding(flow.graph, stages, layouts, this.wide, policy.reduceDType ?? this.wide, this);
     this.lead = this.sharding === null ? 0 : Math.min(1, policy.prefetch);
     for (const [b, layout] of layouts.entries()) {
       const mine = flow.isMine(b);

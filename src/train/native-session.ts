@@ -186,6 +186,11 @@ export interface NativeSnapshot {
   readonly copied: boolean;
   /** Writes `header`, then the tensors at their offsets, then fsync. Leaves no partial file behind on failure. */
   write(path: string, header: Uint8Array, entries: FileEntry[]): Promise<{ bytes: number; sha256: string }>;
+  /**
+   * The same into a file that several ranks write, each its own ranges (`header`: of one of them, else empty); what is
+   * there stays. The bytes written.
+   */
+  writeParts(path: string, header: Uint8Array, entries: FileEntry[]): Promise<number>;
   dispose(): void;
 }
 

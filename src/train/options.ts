@@ -71,6 +71,15 @@ export interface TrainerOptions extends MemoryOptions {
   ranks?: RankSpec;
   /** Which blocks are whose. Default "alternating". */
   stages?: StageRule;
+  /**
+   * Ranks that run the same blocks, each on micro-batches of its own, and share their state, a part each (fully sharded
+   * data parallel). There are ranks / (shards x replicas) stages. Default 1.
+   */
+  shards?: number;
+  /** Groups of `shards` ranks that hold the same state. Default 1. */
+  replicas?: number;
+  /** What gradients travel as between ranks that share blocks. Default: float32, as they are summed. */
+  reduceDtype?: "float32" | "bfloat16";
   /** What blocks compute in. Default: as `precision` says, "float32". */
   dtype?: SessionOptions["dtype"];
   /** Threads of the engine; 0: all this process may use. Default 0. */
@@ -104,10 +113,14 @@ type Plain = Omit<
 /** Options with every default filled in; all but model and data plain JSON. */
 export interface ResolvedOptions
   extends Required<
-      Omit<Plain, "steps" | "epochs" | "outputDir" | "ranks" | keyof MemoryOptions | keyof ResolvedMemory>
+      Omit<
+        Plain,
+        "steps" | "epochs" | "outputDir" | "ranks" | "reduceDtype" | keyof MemoryOptions | keyof ResolvedMemory
+      >
     >,
     ResolvedMemory {
   ranks: RankSpec | null;
+  reduceDtype: NonNullable<TrainerOptions["reduceDtype"]> | null;
   model: ModelSpec;
   data: string | DatasetOptions | Dataset;
   steps: number | null;
@@ -125,7 +138,7 @@ const NAMES = [
   ...["sequenceLength", "learningRate", "learningRateSchedule", "weightDecay", "adamw", "maxGradNorm", "seed"],
   ...["outputDir", "logEveryNSteps", "saveEveryNSteps", "saveEveryNEpochs", "evalEveryNSteps", "evalMicroBatches"],
   ...["sampleEveryNSteps", "samplePrompts", "sampleTokens", "keepLast", "resume", "device", "dtype", "threads"],
-  ...["ranks", "stages"],
+  ...["ranks", "stages", "shards", "replicas", "reduceDtype"],
   ...["order", "recompute", "nonFinite", "profileMemory", "onEvent"],
   ...MEMORY_NAMES,
 ];
@@ -193,11 +206,22 @@ export function resolveOptions(options: TrainerOptions): ResolvedOptions {
     device,
     ranks: o.ranks ?? null,
     stages: oneOf(o.stages ?? "alternating", STAGE_RULES, "stages"),
+    ...resolveShards(o),
     threads: whole(o.threads ?? 0, "threads", 0, MAX_THREADS),
     profileMemory:
       typeof o.profileMemory === "number" ? whole(o.profileMemory, "profileMemory", 1) : (o.profileMemory ?? false),
     nonFinite: oneOf(o.nonFinite ?? "stop", ["stop", "skip"], "nonFinite"),
   };
+}
+
+/** Whether they fit the number of ranks is asked when those are known (plan.ts). */
+function resolveShards(o: TrainerOptions): Pick<ResolvedOptions, "shards" | "replicas" | "reduceDtype"> {
+  const shards = whole(o.shards ?? 1, "shards", 1);
+  const replicas = whole(o.replicas ?? 1, "replicas", 1);
+  const reduceDtype = o.reduceDtype === undefined ? null : oneOf(o.reduceDtype, ["float32", "bfloat16"], "reduceDtype");
+  if (reduceDtype !== null && shards * replicas === 1)
+    throw config("reduceDtype is for ranks that share blocks: give shards or replicas, or leave it out");
+  return { shards, replicas, reduceDtype };
 }
 
 /** @throws CONFIG showing the product that does not come out */
@@ -302,6 +326,11 @@ export function mergeOptions(saved: TrainerOptions, given: TrainerOptions): Trai
     delete base.dtype;
     delete base.masterWeight;
   }
+  // Ranks that are another number share blocks in another way, or not at all.
+  const members = (base.shards ?? 1) * (base.replicas ?? 1);
+  const shares = ["shards", "replicas", "reduceDtype"] as const;
+  if (shares.some((name) => defined[name] !== undefined) || (defined.ranks?.size ?? 1) % members !== 0)
+    for (const name of shares) delete base[name];
   return { ...base, ...defined };
 }
 

@@ -60,6 +60,21 @@ export function joinBatches(batches: readonly Batch[]): Batch {
   );
 }
 
+/** A micro-batch of the same shapes from which nothing is learned: no element of it counts in any loss. */
+export function uncounted({ losses }: Pick<Graph, "losses">, batch: Batch): Batch {
+  const empty = { ...batch };
+  for (const { count } of losses) {
+    const { dtype, shape } = batch[count.input]!;
+    const elements = shape.reduce((a, b) => a * b, 1);
+    const data =
+      dtype === "int64"
+        ? new BigInt64Array(elements).fill(BigInt(count.ignore))
+        : new Int32Array(elements).fill(count.ignore);
+    empty[count.input] = { dtype, shape, data };
+  }
+  return empty;
+}
+
 function joinRows(tensors: readonly HostTensor[], name: string): HostTensor {
   const [{ dtype, shape }] = tensors as [HostTensor];
   const row = shape.slice(1).join();

@@ -10,7 +10,9 @@ import { planForRank } from "../plan/auto-ranks.js";
 import { type Budget, showSize } from "../plan/budget.js";
 import { checkRanks } from "../plan/check-ranks.js";
 import { checkTape } from "../plan/checker.js";
+import { roundUp } from "../plan/layout.js";
 import { readMeasured } from "../plan/measured.js";
+import { membersOf } from "../plan/mesh.js";
 import { residentPolicy } from "../plan/planner.js";
 import { findProfile } from "../plan/profiles.js";
 import { type TapePeaks, tapePeaks } from "../plan/simulate.js";
@@ -40,6 +42,8 @@ export interface PlanFacts {
   blocksMerged: number;
   /** null: no gradient is kept for the next step. */
   retainedDType: RetainedDType | null;
+  /** Ranks that add up their gradients, and in what dtype those travel; absent: one. */
+  members?: string;
 }
 
 export interface TrainingPlan {
@@ -53,6 +57,8 @@ export interface TrainingPlan {
   predicted: Prediction | null;
   /** Of a step that took `tape`. Throws CONFIG where `predicted` is null. */
   predict(tape: Tape): Prediction;
+  /** Micro-batches of a step's tape that has `count` to run: ranks that share blocks have one each, or equally many. */
+  padded(count: number): number;
   /** For so many of the device's micro-batches, proved; each number is planned once. Throws TAPE. */
   tapes(microBatches: number): StepTapes;
 }
@@ -97,6 +103,7 @@ export function planTraining(graph: Graph, options: SettledOptions): TrainingPla
   };
   const predicted = sizes === null ? null : predict(step);
   if (predicted !== null) checkBudgets(predicted.peaks, options);
+  const members = membersOf(policy.stages);
   const facts: PlanFacts = {
     tapeHash: hashOf(policy.stages === undefined ? step : everyRank(planned, policy).map((t) => t.step)),
     order: step.schedule,
@@ -106,8 +113,12 @@ export function planTraining(graph: Graph, options: SettledOptions): TrainingPla
     fused,
     blocksMerged: merged,
     retainedDType: step.update === "forward" ? policy.retainedDType : null,
+    ...(members === 1 ? {} : { members: `${members} in ${options.reduceDtype ?? "full precision"}` }),
   };
-  return { graph: planned, placement, facts, summary: summarize(facts, predicted, options), predicted, predict, tapes };
+  const padded = (count: number) =>
+    step.schedule === "breadthFirst" ? Math.max(count, members) : roundUp(count, members);
+  const summary = summarize(facts, predicted, options);
+  return { graph: planned, placement, facts, summary, predicted, predict, padded, tapes };
 }
 
 /** A number too many in a config would else be told as a malformed tape: byte offsets are safe integers. */
@@ -152,6 +163,7 @@ interface Chosen {
 }
 
 function choosePolicy(graph: Graph, o: SettledOptions, dims: Record<string, number> | null): Chosen {
+  checkMembers(o);
   const merged = o.layersPerBlock ?? 1;
   const alone = { graph: layersMerged(graph, merged), merged, fused: 1 };
   const resident = residentPolicy(alone.graph, {
@@ -177,6 +189,30 @@ function choosePolicy(graph: Graph, o: SettledOptions, dims: Record<string, numb
   return { ...alone, policy: streamed(policy, "disk", o, dims) };
 }
 
+/** e.g. "2 stages (alternating) of 2 shards". */
+function meshText({ shards, replicas, stages }: SettledOptions, ranks: number): string {
+  const members = shards * replicas;
+  const among = [...(shards > 1 ? [`${shards} shards`] : []), ...(replicas > 1 ? [`${replicas} replicas`] : [])].join(
+    " x ",
+  );
+  if (members === 1) return `blocks ${stages}`;
+  return ranks === members ? among : `${ranks / members} stages (${stages}) of ${among}`;
+}
+
+/** @throws CONFIG showing the quotient that does not come out */
+function checkMembers({ ranks, shards, replicas }: SettledOptions): void {
+  const members = shards * replicas;
+  const among = `shards ${shards} x replicas ${replicas}`;
+  if (ranks === null && members > 1)
+    throw config(
+      `${among} are for a run over several ranks, and this process trains alone. Start it with --ranks or --gpus`,
+    );
+  if (ranks !== null && ranks.size % members !== 0)
+    throw config(`${ranks.size} ranks are no whole number of stages of ${among}: ${ranks.size} / ${members}`);
+}
+
+const config = (why: string): StromaError => new StromaError("CONFIG", `[plan] ${why}`);
+
 /** A plan over ranks: as asked, or the planner's, which every rank finds alike. */
 function amongRanks(
   graph: Graph,
@@ -186,8 +222,12 @@ function amongRanks(
 ): Chosen {
   if (dims === null) throw unknownSizes(graph);
   const { rank, size: ranks, localSize = ranks } = o.ranks!;
-  const stages = { rank, ranks, of: assignStages(alone.graph, ranks, o.stages) };
-  const asked = (policy: Policy): Chosen => ({ ...alone, policy: { ...policy, stages } });
+  const { shards, replicas } = o;
+  const of = assignStages(alone.graph, ranks / (shards * replicas), o.stages);
+  const shared = { shards, replicas };
+  const stages = { rank, ranks, of, ...(shards * replicas > 1 ? shared : {}) };
+  const reduced = o.reduceDtype === null ? {} : { reduceDType: o.reduceDtype };
+  const asked = (policy: Policy): Chosen => ({ ...alone, policy: { ...policy, stages, ...reduced } });
   if (o.plan === null) return asked(streamed(resident, o.offload as "host" | "disk", o, dims));
   // Boundaries have places, since both ends of a link must know their size.
   if (o.plan === "resident" || ranks === 1) return asked({ ...resident, boundary: "device", dims });
@@ -310,7 +350,9 @@ function dimsOf(graph: Graph, o: SettledOptions): Record<string, number> | null 
 function roomFor(graph: Graph, policy: Policy, whole: Placement, smaller: boolean): Placement {
   if (!smaller || policy.dims === null) return whole;
   const arenas = { ...whole.arenas };
-  for (let microBatches = 1; microBatches < policy.microBatches; microBatches++) {
+  const members = membersOf(policy.stages);
+  const by = policy.schedule === "breadthFirst" ? 1 : members;
+  for (let microBatches = members; microBatches < policy.microBatches; microBatches += by) {
     const { placement } = writeTape(graph, { ...policy, microBatches }).step;
     for (const key of ["deviceBytes", "hostBytes", "diskBytes"] as const)
       arenas[key] = Math.max(arenas[key], placement.arenas[key]);
@@ -327,7 +369,7 @@ function summarize(f: PlanFacts, predicted: TrainingPlan["predicted"], o: Settle
     auto: "chosen for the budgets",
   }[o.offload];
   const parts = [
-    ...(o.ranks === null ? [] : [`rank ${o.ranks.rank} of ${o.ranks.size}, blocks ${o.stages}`]),
+    ...(o.ranks === null ? [] : [`rank ${o.ranks.rank} of ${o.ranks.size}, ${meshText(o, o.ranks.size)}`]),
     where,
     order,
     `recompute ${f.recompute}`,
@@ -354,6 +396,7 @@ export function planDifferences(then: PlanFacts, now: PlanFacts): string[] {
     ["layers a block", then.blocksMerged, now.blocksMerged],
     ["clip", then.clip, now.clip],
     ["gradients retained", exact(then.retainedDType), exact(now.retainedDType)],
+    ["ranks that share gradients", then.members ?? 1, now.members ?? 1],
   ];
   return pairs.filter(([, a, b]) => a !== b).map(([what, a, b]) => `${what}: ${a} before, ${b} now`);
 }

@@ -29,7 +29,7 @@ import {
   type SettledOptions,
   type TrainerOptions,
 } from "./options.js";
-import { joinBatches, type Parts, pickInputs, realParts } from "./parts.js";
+import { joinBatches, type Parts, pickInputs, realParts, uncounted } from "./parts.js";
 import { Saver } from "./saver.js";
 import { openTrainingSession, type TrainingSession } from "./training-session.js";
 
@@ -371,6 +371,8 @@ class Run {
     const microBatches = Array.from({ length: Math.ceil(picked.length / fused) }, (_, i) =>
       joinBatches(picked.slice(i * fused, (i + 1) * fused)),
     );
+    for (const blank = open.plan.padded(microBatches.length); microBatches.length < blank; )
+      microBatches.push(uncounted(open.graph, microBatches.at(-1)!));
     const { step: tape, flush } = open.plan.tapes(microBatches.length);
     const profile = this.#profiled === this.#step + 1;
     const result = await open.session.step({

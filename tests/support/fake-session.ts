@@ -242,6 +242,9 @@ export class FakeSession implements NativeSession {
     return {
       copied: this.faults.uncopied !== true,
       write: (path, header, entries) => this.#writeFile(copy, path, header, entries),
+      writeParts: async () => {
+        throw new Error("one rank writes whole tensors");
+      },
       dispose: () => {
         if (open_) this.openSnapshots--;
         open_ = false;

@@ -64,6 +64,7 @@ export function fakeParts(faults: FakeFaults = {}, vocabulary = LETTERS.length):
         predict: () => {
           throw new Error("nothing is predicted here");
         },
+        padded: (count) => count,
         tapes: (microBatches) => ({ step: tape(microBatches), flush: null }),
       };
     },

@@ -57,7 +57,7 @@ function withRanks(policy: Policy, mesh: Mesh, bfloat16: boolean): Policy {
     ...policy,
     boundary: policy.boundary === "slot" ? "device" : policy.boundary,
     microBatches: policy.schedule === "breadthFirst" ? ragged : members * Math.min(2, policy.microBatches),
-    ...(bfloat16 ? { gradientDType: "bfloat16" } : {}),
+    ...(bfloat16 ? { reduceDType: "bfloat16" } : {}),
   };
 }
 
