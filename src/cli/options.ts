@@ -414,8 +414,8 @@ export const trainOptions = {
   reduceDtype: choice(
     RANKS,
     ["float32", "bfloat16"],
-    "What gradients travel as between ranks that share blocks",
-    "float32",
+    "What gradients travel as between ranks that share blocks; as they are summed, unless said",
+    null,
   ),
   distributed: alias("--gpus with all cards of this machine"),
   use8bitOptimizer: alias("--optimizer adamw8bit"),

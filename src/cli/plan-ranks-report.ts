@@ -18,7 +18,9 @@ export function ranksText(name: string, plan: RanksPlan, request: RanksRequest, 
   const blocks = ({ blocks: b }: RankReport) => `${b.length} blocks`;
   const lines = [
     ...heading(name, plan, request),
-    `${report.devices} cards, ${report.stages} stages: ${STAGES[report.stages]}`,
+    report.shards === report.devices
+      ? `${report.devices} cards, sharded: each runs all blocks on its part of the batch and holds a part of every block's state`
+      : `${report.devices} cards, ${report.stages} stages: ${STAGES[report.stages]}${report.shards > 1 ? `; ${report.shards} cards share the state of a block` : ""}`,
     "",
     ...placementRows([
       ...report.perRank.map((r) => ({

@@ -13,6 +13,7 @@ import { addPlacements, describePlacement, type PlacementTable } from "./auto-de
 import { type Attempt, fitShape, leastOver, type RankTapes, type Shape, saved, waitsForCopies } from "./auto-fit.js";
 import { type Budget, showSize, usable } from "./budget.js";
 import { mergeBlocks } from "./merge-blocks.js";
+import { membersOf } from "./mesh.js";
 import type { MachineProfile } from "./profiles.js";
 import type { BoundBy, Simulation, TapePeaks } from "./simulate.js";
 import type { RankSimulation } from "./simulate-ranks.js";
@@ -116,11 +117,15 @@ export function layersMerged(graph: Graph, size: number): Graph {
   return merged;
 }
 
-/** Devices of one machine and which rule gives them their blocks. */
+/** Devices of one machine, which rule gives stages their blocks, and how many devices share each. */
 export interface Spread {
   ranks: number;
   rule: StageRule;
+  shards: number;
 }
+
+/** A stage alone never waits for another. */
+const stageCountOf = ({ ranks, shards }: Spread): number => (ranks === shards ? 0.5 : ranks / shards);
 
 /**
  * Carries out the search of `planAuto`, over several devices where `spread` says so. `quick`: asks only whether something
@@ -131,7 +136,16 @@ export function searched(graph: Graph, request: PlanRequest, spread: Spread | nu
   const whole = layersPerBlock === undefined ? graph : layersMerged(graph, layersPerBlock);
   const limits = usable(budget);
   const search = new Search(graph, request, limits, spread);
-  const fused = fusions(request, spread !== null).slice(0, quick ? 1 : undefined);
+  // Ranks that share blocks have a micro-batch each.
+  const most = request.gradientAccumulationSteps / (spread?.shards ?? 1);
+  const fused = fusions(request, spread !== null)
+    .filter((k) => k <= most)
+    .slice(0, quick ? 1 : undefined);
+  if (fused.length === 0)
+    throw new StromaError(
+      "CONFIG",
+      `[plan] ${spread!.shards} ranks that share blocks need a micro-batch each, and a step has ${request.gradientAccumulationSteps}`,
+    );
   search.resident(whole, layersPerBlock ?? 1, fused);
   const updates: UpdateOrder[] = clip === "global" ? ["forward"] : ["backward"];
   const kinds: RetainedDType[] = clip === "global" ? retainedDTypes(graph) : ["float32"];
@@ -201,10 +215,10 @@ export class Search {
       stages === null
         ? ["depthFirst"]
         : [
-            this.spread!.rule === "contiguous" && isContiguous(graph, stages)
+            this.spread!.rule === "contiguous" && this.spread!.shards === 1 && isContiguous(graph, stages)
               ? "oneForwardOneBackward"
               : "breadthFirst",
-            "depthFirst",
+            ...(this.spread!.shards === 1 ? (["depthFirst"] as const) : []),
           ];
     for (const schedule of orders) if (this.allResident(graph, merged, schedule, stages, fused)) return;
   }
@@ -230,7 +244,7 @@ export class Search {
           clip,
           retainedDType: "float32",
           boundary: "device",
-          prefetch: 0,
+          prefetch: membersOf(stages ?? undefined) > 1 ? 1 : 0,
           fused: k,
           far: "device",
           stages,
@@ -246,8 +260,9 @@ export class Search {
 
   private stages(graph: Graph): Stages | null {
     if (this.spread === null) return null;
-    const { ranks, rule } = this.spread;
-    return { rank: 0, ranks, of: assignStages(graph, ranks, rule) };
+    const { ranks, rule, shards } = this.spread;
+    const of = assignStages(graph, ranks / shards, rule);
+    return { rank: 0, ranks, of, ...(shards > 1 ? { shards } : {}) };
   }
 
   /** Whether every device has a block of it. */
@@ -267,7 +282,7 @@ export class Search {
    */
   private overlaps(fused: number): boolean {
     const { gradientAccumulationSteps: all } = this.request;
-    return this.spread === null || all / fused >= Math.min(all, 2 * this.spread.ranks);
+    return this.spread === null || all / fused >= Math.min(all, this.spread.shards * 2 * stageCountOf(this.spread));
   }
 
   streamed(

@@ -9,7 +9,7 @@ import { MeasuredTimes } from "./cost-measured.js";
 import { Roofline } from "./cost-roofline.js";
 import { type BlockSizes, type Cost, moving, none, plus, type Times } from "./cost-times.js";
 import { type BlockLayout, blockLayouts } from "./layout.js";
-import { shardOf } from "./mesh.js";
+import { membersOf, shardOf } from "./mesh.js";
 import { type MachineProfile, RANK_LINK } from "./profiles.js";
 import type { Instruction, Tape } from "./types.js";
 import { queueOf } from "./waits.js";
@@ -84,12 +84,15 @@ export class CostModel {
       case "coefficient":
         return none;
       case "send":
-      case "receive":
+      case "receive": {
+        // What is gathered or reduced goes to all others at once, over one link.
+        const atOnce = "shard" in i.operand ? membersOf(this.tape.stages) - 1 : 1;
         return {
-          seconds: i.bytes / (this.profile.rankLink ?? RANK_LINK) + this.profile.copySeconds,
+          seconds: (atOnce * i.bytes) / (this.profile.rankLink ?? RANK_LINK) + this.profile.copySeconds,
           memorySeconds: 0,
           flops: 0,
         };
+      }
       case "pack":
         return times.pack(this.sizes(i.block), i.dtype, this.layouts[i.block]!.retainedBytes(i.dtype));
       case "update": {

@@ -230,7 +230,8 @@ function amongRanks(
   const asked = (policy: Policy): Chosen => ({ ...alone, policy: { ...policy, stages, ...reduced } });
   if (o.plan === null) return asked(streamed(resident, o.offload as "host" | "disk", o, dims));
   // Boundaries have places, since both ends of a link must know their size.
-  if (o.plan === "resident" || ranks === 1) return asked({ ...resident, boundary: "device", dims });
+  // The planner knows no replicas.
+  if (o.plan === "resident" || ranks === 1 || replicas > 1) return asked({ ...resident, boundary: "device", dims });
   const budget = budgetOf(o);
   const request = {
     dims,
@@ -241,6 +242,7 @@ function amongRanks(
     budget: o.device === "cpu" ? { deviceBytes: budget.deviceBytes / localSize, hostBytes: 0, diskBytes: 0 } : budget,
     devices: ranks,
     stages: o.stages,
+    shards,
     recompute: o.recompute ?? undefined,
     layersPerBlock: o.layersPerBlock ?? undefined,
   };
