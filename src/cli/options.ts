@@ -395,13 +395,13 @@ export const trainOptions = {
     RANKS,
     STAGE_RULES,
     "Which blocks a rank has: dealt out in turn, or a stretch of neighbours (with --order oneForwardOneBackward)",
-    "alternating",
+    "alternating; --plan auto chooses",
   ),
   shards: count(
     RANKS,
     1,
     "So many ranks run the same blocks on micro-batches of their own and share the state, a part each (fully sharded data parallel)",
-    1,
+    "1; --plan auto chooses",
     2,
   ),
   replicas: count(

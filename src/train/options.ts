@@ -69,11 +69,12 @@ export interface TrainerOptions extends MemoryOptions {
   device?: SessionOptions["device"];
   /** This process is one rank of several that train one model, each with some of its blocks. Default: alone. */
   ranks?: RankSpec;
-  /** Which blocks are whose. Default "alternating". */
+  /** Which blocks are whose. Default "alternating"; with `plan: "auto"` the planner's choice. */
   stages?: StageRule;
   /**
    * Ranks that run the same blocks, each on micro-batches of its own, and share their state, a part each (fully sharded
-   * data parallel). There are ranks / (shards x replicas) stages. Default 1.
+   * data parallel). There are ranks / (shards x replicas) stages. Default 1; with `plan: "auto"` the planner's choice
+   * of 1 and all.
    */
   shards?: number;
   /** Groups of `shards` ranks that hold the same state. Default 1. */
@@ -115,11 +116,21 @@ export interface ResolvedOptions
   extends Required<
       Omit<
         Plain,
-        "steps" | "epochs" | "outputDir" | "ranks" | "reduceDtype" | keyof MemoryOptions | keyof ResolvedMemory
+        | "steps"
+        | "epochs"
+        | "outputDir"
+        | "ranks"
+        | "stages"
+        | "shards"
+        | "reduceDtype"
+        | keyof MemoryOptions
+        | keyof ResolvedMemory
       >
     >,
     ResolvedMemory {
   ranks: RankSpec | null;
+  stages: StageRule | null;
+  shards: number | null;
   reduceDtype: NonNullable<TrainerOptions["reduceDtype"]> | null;
   model: ModelSpec;
   data: string | DatasetOptions | Dataset;
@@ -205,7 +216,7 @@ export function resolveOptions(options: TrainerOptions): ResolvedOptions {
     keepLast: whole(o.keepLast ?? 3, "keepLast", 1),
     device,
     ranks: o.ranks ?? null,
-    stages: oneOf(o.stages ?? "alternating", STAGE_RULES, "stages"),
+    stages: o.stages === undefined ? null : oneOf(o.stages, STAGE_RULES, "stages"),
     ...resolveShards(o),
     threads: whole(o.threads ?? 0, "threads", 0, MAX_THREADS),
     profileMemory:
@@ -216,10 +227,10 @@ export function resolveOptions(options: TrainerOptions): ResolvedOptions {
 
 /** Whether they fit the number of ranks is asked when those are known (plan.ts). */
 function resolveShards(o: TrainerOptions): Pick<ResolvedOptions, "shards" | "replicas" | "reduceDtype"> {
-  const shards = whole(o.shards ?? 1, "shards", 1);
+  const shards = o.shards === undefined ? null : whole(o.shards, "shards", 1);
   const replicas = whole(o.replicas ?? 1, "replicas", 1);
   const reduceDtype = o.reduceDtype === undefined ? null : oneOf(o.reduceDtype, ["float32", "bfloat16"], "reduceDtype");
-  if (reduceDtype !== null && shards * replicas === 1)
+  if (reduceDtype !== null && (shards ?? 1) * replicas === 1)
     throw config("reduceDtype is for ranks that share blocks: give shards or replicas, or leave it out");
   return { shards, replicas, reduceDtype };
 }

@@ -12,12 +12,12 @@ import { checkRanks } from "../plan/check-ranks.js";
 import { checkTape } from "../plan/checker.js";
 import { roundUp } from "../plan/layout.js";
 import { readMeasured } from "../plan/measured.js";
-import { membersOf } from "../plan/mesh.js";
+import { membersOf, replicasOf, shardsOf } from "../plan/mesh.js";
 import { residentPolicy } from "../plan/planner.js";
 import { findProfile } from "../plan/profiles.js";
 import { type TapePeaks, tapePeaks } from "../plan/simulate.js";
 import { assignStages } from "../plan/stages.js";
-import type { Placement, RetainedDType, StateFormat, Tape } from "../plan/types.js";
+import type { Placement, RetainedDType, Stages, StateFormat, Tape } from "../plan/types.js";
 import { type Policy, writeTape } from "../plan/write-tape.js";
 import { type Prediction, predictStep } from "../profile/document.js";
 import type { SettledOptions } from "./options.js";
@@ -117,7 +117,7 @@ export function planTraining(graph: Graph, options: SettledOptions): TrainingPla
   };
   const padded = (count: number) =>
     step.schedule === "breadthFirst" ? Math.max(count, members) : roundUp(count, members);
-  const summary = summarize(facts, predicted, options);
+  const summary = summarize(facts, predicted, options, policy.stages);
   return { graph: planned, placement, facts, summary, predicted, predict, padded, tapes };
 }
 
@@ -190,17 +190,20 @@ function choosePolicy(graph: Graph, o: SettledOptions, dims: Record<string, numb
 }
 
 /** e.g. "2 stages (alternating) of 2 shards". */
-function meshText({ shards, replicas, stages }: SettledOptions, ranks: number): string {
+function meshText({ stages: asked }: SettledOptions, stages: Stages): string {
+  const rule = asked ?? "alternating";
+  const [shards, replicas] = [shardsOf(stages), replicasOf(stages)];
   const members = shards * replicas;
   const among = [...(shards > 1 ? [`${shards} shards`] : []), ...(replicas > 1 ? [`${replicas} replicas`] : [])].join(
     " x ",
   );
-  if (members === 1) return `blocks ${stages}`;
-  return ranks === members ? among : `${ranks / members} stages (${stages}) of ${among}`;
+  if (members === 1) return `blocks ${rule}`;
+  return stages.ranks === members ? among : `${stages.ranks / members} stages (${rule}) of ${among}`;
 }
 
 /** @throws CONFIG showing the quotient that does not come out */
-function checkMembers({ ranks, shards, replicas }: SettledOptions): void {
+function checkMembers({ ranks, shards: asked, replicas }: SettledOptions): void {
+  const shards = asked ?? 1;
   const members = shards * replicas;
   const among = `shards ${shards} x replicas ${replicas}`;
   if (ranks === null && members > 1)
@@ -222,8 +225,9 @@ function amongRanks(
 ): Chosen {
   if (dims === null) throw unknownSizes(graph);
   const { rank, size: ranks, localSize = ranks } = o.ranks!;
-  const { shards, replicas } = o;
-  const of = assignStages(alone.graph, ranks / (shards * replicas), o.stages);
+  const { replicas } = o;
+  const shards = o.shards ?? 1;
+  const of = assignStages(alone.graph, ranks / (shards * replicas), o.stages ?? "alternating");
   const shared = { shards, replicas };
   const stages = { rank, ranks, of, ...(shards * replicas > 1 ? shared : {}) };
   const reduced = o.reduceDtype === null ? {} : { reduceDType: o.reduceDtype };
@@ -241,15 +245,16 @@ function amongRanks(
     profile: profileOf(o),
     budget: o.device === "cpu" ? { deviceBytes: budget.deviceBytes / localSize, hostBytes: 0, diskBytes: 0 } : budget,
     devices: ranks,
-    stages: o.stages,
-    shards,
+    stages: o.stages ?? undefined,
+    // What is not said is the planner's to choose.
+    shards: o.shards ?? undefined,
     recompute: o.recompute ?? undefined,
     layersPerBlock: o.layersPerBlock ?? undefined,
   };
   const found = planForRank(graph, request, rank);
   if (found.report.fits) {
     const { policy, graph: planned, blocksMerged: merged, report } = found;
-    return { policy, graph: planned, merged, fused: report.microBatch.fused };
+    return { policy: { ...policy, ...reduced }, graph: planned, merged, fused: report.microBatch.fused };
   }
   if (o.device !== "cpu" || budget.diskBytes === 0)
     throw outOfMemory(`over ${ranks} ranks, ${showSize(found.missing!.bytes)} are missing. ${found.missing!.cure}`);
@@ -362,7 +367,7 @@ function roomFor(graph: Graph, policy: Policy, whole: Placement, smaller: boolea
   return { ...whole, arenas };
 }
 
-function summarize(f: PlanFacts, predicted: TrainingPlan["predicted"], o: SettledOptions): string {
+function summarize(f: PlanFacts, predicted: TrainingPlan["predicted"], o: SettledOptions, stages?: Stages): string {
   const order = f.order === "breadthFirst" ? "breadth-first" : "depth-first";
   const where = {
     none: "all on the device",
@@ -371,7 +376,7 @@ function summarize(f: PlanFacts, predicted: TrainingPlan["predicted"], o: Settle
     auto: "chosen for the budgets",
   }[o.offload];
   const parts = [
-    ...(o.ranks === null ? [] : [`rank ${o.ranks.rank} of ${o.ranks.size}, ${meshText(o, o.ranks.size)}`]),
+    ...(stages === undefined ? [] : [`rank ${stages.rank} of ${stages.ranks}, ${meshText(o, stages)}`]),
     where,
     order,
     `recompute ${f.recompute}`,

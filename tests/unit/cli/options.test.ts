@@ -154,6 +154,8 @@ describe("the options, declared once", () => {
       "microBatchSize",
       "outputDir",
       "ranks", // their number here, which rank this is there
+      "stages", // what is not said, training settles: by a rule, or as the planner finds
+      "shards",
       "validationShare",
       "packing",
       "onBadSource",
