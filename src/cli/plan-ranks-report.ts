@@ -7,6 +7,7 @@ import { formatInteger } from "./ui/format.js";
 const STAGES = {
   alternating: "neighbouring blocks are on different cards, so that all work at once",
   contiguous: "each card has a stretch of neighbouring blocks, so that the fewest boundaries cross",
+  interleaved: "each card has two stretches of neighbouring blocks, so that it waits half as long for the others",
 } as const;
 
 export function ranksText(name: string, plan: RanksPlan, request: RanksRequest, notes: readonly string[]): string {

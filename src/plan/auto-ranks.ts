@@ -143,7 +143,7 @@ const named = ({ rule, shards }: How, devices: number): string =>
 const slower = ({ rule, shards }: How, by: string): string =>
   shards > 1
     ? `${by}: every block's parameters and gradients cross between cards`
-    : rule === "contiguous"
+    : rule !== "alternating"
       ? `${by}: a stretch of blocks waits for the stretch before it`
       : `${by}: every block's output crosses between cards`;
 

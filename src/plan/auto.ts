@@ -13,11 +13,11 @@ import { addPlacements, describePlacement, type PlacementTable } from "./auto-de
 import { type Attempt, fitShape, leastOver, type RankTapes, type Shape, saved, waitsForCopies } from "./auto-fit.js";
 import { type Budget, showSize, usable } from "./budget.js";
 import { mergeBlocks } from "./merge-blocks.js";
-import { membersOf } from "./mesh.js";
+import { membersOf, stageCount } from "./mesh.js";
 import type { MachineProfile } from "./profiles.js";
 import type { BoundBy, Simulation, TapePeaks } from "./simulate.js";
 import type { RankSimulation } from "./simulate-ranks.js";
-import { assignStages, isContiguous, type StageRule } from "./stages.js";
+import { assignStages, isContiguous, type StageRule, stretchesOf } from "./stages.js";
 import type { Clip, Recompute, RetainedDType, Schedule, Stages, StateFormat, UpdateOrder } from "./types.js";
 import type { Policy, Space3 } from "./write-tape.js";
 
@@ -215,7 +215,7 @@ export class Search {
       stages === null
         ? ["depthFirst"]
         : [
-            this.spread!.rule === "contiguous" && this.spread!.shards === 1 && isContiguous(graph, stages)
+            this.spread!.shards === 1 && this.onePerTurn(graph, stages) !== null
               ? "oneForwardOneBackward"
               : "breadthFirst",
             ...(this.spread!.shards === 1 ? (["depthFirst"] as const) : []),
@@ -234,7 +234,9 @@ export class Search {
     const update: UpdateOrder = "end";
     for (const recompute of only === undefined ? (["none", "selective", "all"] as const) : [only]) {
       let fits = false;
+      const unit = stages === null || schedule !== "oneForwardOneBackward" ? 1 : this.onePerTurn(graph, stages)!;
       for (const k of fused) {
+        if ((this.request.gradientAccumulationSteps / k) % unit !== 0) continue;
         const attempt = this.try({
           graph,
           merged,
@@ -256,6 +258,13 @@ export class Search {
       if (fits) return true;
     }
     return false;
+  }
+
+  /** Micro-batches that one forward, one backward takes at a time; null: it is not for these stages. */
+  private onePerTurn(graph: Graph, stages: Stages): number | null {
+    const { rule } = this.spread!;
+    if (rule === "interleaved" && stretchesOf(stages) !== null) return stageCount(stages);
+    return rule !== "alternating" && isContiguous(graph, stages) ? 1 : null;
   }
 
   private stages(graph: Graph): Stages | null {

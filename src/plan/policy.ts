@@ -1,8 +1,8 @@
 /** What a tape is written from, and which combinations make no sense. */
 import { StromaError } from "../errors.js";
 import type { Graph } from "../graph/types.js";
-import { membersOf, shardsOf } from "./mesh.js";
-import { checkStages, isContiguous } from "./stages.js";
+import { membersOf, shardsOf, stageCount } from "./mesh.js";
+import { checkStages, isContiguous, stretchesOf } from "./stages.js";
 import type {
   Clip,
   GradientDType,
@@ -62,11 +62,20 @@ export function checkPolicy(graph: Graph, policy: Policy): void {
   if (boundary !== "slot" && dims === null)
     refuse(`boundaries on ${boundary} need the largest value of every dim. Give dims, or boundary "slot"`);
   if (policy.stages !== undefined) checkStages(graph, policy.stages);
-  if (policy.stages !== undefined && policy.schedule === "oneForwardOneBackward" && !isContiguous(graph, policy.stages))
-    refuse(
-      'schedule "oneForwardOneBackward" is for stages of neighbouring blocks: others would wait for each other for ever. ' +
-        'Take stages "contiguous", or another order',
-    );
+  if (policy.stages !== undefined && policy.schedule === "oneForwardOneBackward") {
+    const interleaved = stretchesOf(policy.stages) !== null;
+    if (!interleaved && !isContiguous(graph, policy.stages))
+      refuse(
+        'schedule "oneForwardOneBackward" is for stages of neighbouring blocks: others would wait for each other for ever. ' +
+          'Take stages "contiguous" or "interleaved", or another order',
+      );
+    const [count, each] = [stageCount(policy.stages), microBatches / membersOf(policy.stages)];
+    if (interleaved && each % count !== 0)
+      refuse(
+        `${count} interleaved stages take as many micro-batches at a time, and ${each} / ${count} is no whole number. ` +
+          `Accumulate over a multiple of ${count * membersOf(policy.stages)}, or take stages "contiguous"`,
+      );
+  }
   if (membersOf(policy.stages) > microBatches)
     refuse(
       `each of ${membersOf(policy.stages)} ranks of a stage needs a micro-batch of its own, and there are ${microBatches}. ` +

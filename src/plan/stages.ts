@@ -7,16 +7,19 @@ import { programCost } from "../graph/costs.js";
 import { evaluate } from "../graph/dims.js";
 import type { Graph } from "../graph/types.js";
 import { ownersOf } from "./layout.js";
-import { membersOf, replicasOf, shardsOf } from "./mesh.js";
+import { membersOf, replicasOf, shardsOf, stageCount } from "./mesh.js";
 import type { Stages } from "./types.js";
 
 /**
  * alternating: block b on rank b mod R. Breadth-first, all ranks are busy nearly always (TAPE.md, section 4).
  * contiguous: a stretch of blocks each, as equal in work as they can be. Fewest boundaries cross; breadth-first, ranks
  * wait for each other, so it is for the schedules that keep several micro-batches under way.
+ * interleaved: two such stretches each, dealt out in turn: for one forward, one backward with half the bubble.
  */
-export type StageRule = "alternating" | "contiguous";
-export const STAGE_RULES = ["alternating", "contiguous"] as const satisfies readonly StageRule[];
+export type StageRule = "alternating" | "contiguous" | "interleaved";
+export const STAGE_RULES = ["alternating", "contiguous", "interleaved"] as const satisfies readonly StageRule[];
+/** Stretches of a stage. */
+const INTERLEAVED = 2;
 
 /**
  * By block, one of so many stages. Blocks that share a parameter (tied embeddings) go where the first of them is. Throws
@@ -24,7 +27,11 @@ export const STAGE_RULES = ["alternating", "contiguous"] as const satisfies read
  */
 export function assignStages(graph: Graph, ranks: number, rule: StageRule = "alternating"): number[] {
   const blocks = graph.blocks.length;
-  const of = rule === "alternating" ? graph.blocks.map((_, b) => b % ranks) : contiguous(workOf(graph), ranks);
+  const stretches = rule === "interleaved" ? Math.max(1, Math.min(INTERLEAVED, Math.floor(blocks / ranks))) : 1;
+  const of =
+    rule === "alternating"
+      ? graph.blocks.map((_, b) => b % ranks)
+      : contiguous(workOf(graph), ranks * stretches).map((stretch) => stretch % ranks);
   for (let b = 0; b < blocks; b++) {
     const first = tiedTo(graph, b);
     if (first !== null) of[b] = of[first]!;
@@ -71,6 +78,24 @@ export function isContiguous(graph: Graph, { of }: Stages): boolean {
   const losses = new Set(graph.losses.map((l) => l.block));
   const firsts = of.map((rank) => of.indexOf(rank)).filter((_, b) => !losses.has(b));
   return firsts.every((first, i) => i === 0 || first >= firsts[i - 1]!);
+}
+
+/**
+ * By block, which of its stage's stretches it is in, where stages take their turns 0, 1, ..., R - 1 equally often, more
+ * than once; null otherwise. With a head that is tied to the embedding on the first stage, ranks would wait for each other.
+ */
+export function stretchesOf(stages: Stages): number[] | null {
+  const { of } = stages;
+  const count = stageCount(stages);
+  const stretch: number[] = [];
+  let [at, stage] = [0, 0];
+  for (const next of of) {
+    if (next === stage + 1) stage = next;
+    else if (next === 0 && stage === count - 1 && count > 1) [at, stage] = [at + 1, 0];
+    else if (next !== stage) return null;
+    stretch.push(at);
+  }
+  return at > 0 && stage === count - 1 ? stretch : null;
 }
 
 /** The earlier block whose parameter b uses; null: b stands for itself. */

@@ -25,7 +25,9 @@ import type { DType } from "../graph/types.js";
  * depthFirst: each micro-batch through all blocks. breadthFirst: all micro-batches through a block, then the next.
  * oneForwardOneBackward: as depthFirst, but a rank that is s stages before the last lets s forwards run ahead of its
  * backwards, so that contiguous stages all work at once (PipeDream-flush, arXiv 2006.09503; its bubble is
- * (R - 1) / (M + R - 1)). On one rank it is depthFirst.
+ * (R - 1) / (M + R - 1)). On one rank it is depthFirst. Over interleaved stages, each of v stretches of blocks, it is that
+ * of Narayanan et al., arXiv 2104.04473, section 2.2: R micro-batches through one stretch, then through the next; its
+ * bubble is v times smaller.
  */
 export type Schedule = "depthFirst" | "breadthFirst" | "oneForwardOneBackward";
 export const SCHEDULES = ["breadthFirst", "depthFirst", "oneForwardOneBackward"] as const satisfies readonly Schedule[];

@@ -12,11 +12,11 @@ import { checkRanks } from "../plan/check-ranks.js";
 import { checkTape } from "../plan/checker.js";
 import { roundUp } from "../plan/layout.js";
 import { readMeasured } from "../plan/measured.js";
-import { membersOf, replicasOf, shardsOf } from "../plan/mesh.js";
+import { membersOf, replicasOf, shardsOf, stageCount } from "../plan/mesh.js";
 import { residentPolicy } from "../plan/planner.js";
 import { findProfile } from "../plan/profiles.js";
 import { type TapePeaks, tapePeaks } from "../plan/simulate.js";
-import { assignStages } from "../plan/stages.js";
+import { assignStages, stretchesOf } from "../plan/stages.js";
 import type { Placement, RetainedDType, Stages, StateFormat, Tape } from "../plan/types.js";
 import { type Policy, writeTape } from "../plan/write-tape.js";
 import { type Prediction, predictStep } from "../profile/document.js";
@@ -115,8 +115,8 @@ export function planTraining(graph: Graph, options: SettledOptions): TrainingPla
     retainedDType: step.update === "forward" ? policy.retainedDType : null,
     ...(members === 1 ? {} : { members: `${members} in ${options.reduceDtype ?? "full precision"}` }),
   };
-  const padded = (count: number) =>
-    step.schedule === "breadthFirst" ? Math.max(count, members) : roundUp(count, members);
+  const { least, unit } = countsOf(policy);
+  const padded = (count: number) => roundUp(Math.max(count, least), unit);
   const summary = summarize(facts, predicted, options, policy.stages);
   return { graph: planned, placement, facts, summary, predicted, predict, padded, tapes };
 }
@@ -357,14 +357,21 @@ function dimsOf(graph: Graph, o: SettledOptions): Record<string, number> | null 
 function roomFor(graph: Graph, policy: Policy, whole: Placement, smaller: boolean): Placement {
   if (!smaller || policy.dims === null) return whole;
   const arenas = { ...whole.arenas };
-  const members = membersOf(policy.stages);
-  const by = policy.schedule === "breadthFirst" ? 1 : members;
-  for (let microBatches = members; microBatches < policy.microBatches; microBatches += by) {
+  const { least, unit } = countsOf(policy);
+  for (let microBatches = least; microBatches < policy.microBatches; microBatches += unit) {
     const { placement } = writeTape(graph, { ...policy, microBatches }).step;
     for (const key of ["deviceBytes", "hostBytes", "diskBytes"] as const)
       arenas[key] = Math.max(arenas[key], placement.arenas[key]);
   }
   return { ...whole, arenas };
+}
+
+/** Micro-batches that a step takes at the least, and in multiples of what. */
+function countsOf({ schedule, stages }: Policy): { least: number; unit: number } {
+  const least = membersOf(stages);
+  if (schedule === "breadthFirst" || stages === undefined) return { least, unit: 1 };
+  const turns = schedule === "oneForwardOneBackward" && stretchesOf(stages) !== null ? stageCount(stages) : 1;
+  return { least: least * turns, unit: least * turns };
 }
 
 function summarize(f: PlanFacts, predicted: TrainingPlan["predicted"], o: SettledOptions, stages?: Stages): string {

@@ -7,7 +7,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, describe, expect, it } from "vitest";
 import { ownersOf } from "../../src/plan/layout.js";
-import { isContiguous } from "../../src/plan/stages.js";
+import { assignStages, isContiguous, stretchesOf } from "../../src/plan/stages.js";
 import type { NativeRanks } from "../../src/train/native-session.js";
 import { nativeOrSkip } from "../support/native.js";
 import { random } from "../support/random-models.js";
@@ -36,10 +36,14 @@ describe.skipIf(!native)("any number of ranks gives the same numbers", () => {
       );
       const policy = randomPolicy(next, c);
       if (policy.boundary === "slot") policy.boundary = "device";
-      const of = randomStages(next, c.graph, size);
+      let of = randomStages(next, c.graph, size);
       if (of === null) continue;
-      if (next() < 0.5 && isContiguous(c.graph, { rank: 0, ranks: size, of }))
-        policy.schedule = "oneForwardOneBackward";
+      // Where two stretches a rank are had: four blocks at the least, none tied.
+      const turns = assignStages(c.graph, size, "interleaved");
+      if (next() < 0.4 && stretchesOf({ rank: 0, ranks: size, of: turns }) !== null && c.microBatches % size === 0)
+        of = turns;
+      const stages = { rank: 0, ranks: size, of };
+      if (next() < 0.6 && (of === turns || isContiguous(c.graph, stages))) policy.schedule = "oneForwardOneBackward";
       let ranks = groups.get(size);
       if (ranks === undefined) {
         ranks = await joinAll(native!, size);
