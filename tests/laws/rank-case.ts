@@ -5,6 +5,7 @@ import type { NativeAddon } from "../../src/native.js";
 import { checkRanks } from "../../src/plan/check-ranks.js";
 import { ownersOf } from "../../src/plan/layout.js";
 import type { Policy } from "../../src/plan/policy.js";
+import { assignStages, stretchesOf } from "../../src/plan/stages.js";
 import type { Stages } from "../../src/plan/types.js";
 import { writeTape } from "../../src/plan/write-tape.js";
 import type { NativeRanks, SessionOptions } from "../../src/train/native-session.js";
@@ -112,4 +113,12 @@ export function randomStages(next: () => number, graph: LawCase["graph"], ranks:
     of.push(first !== undefined && first < b ? of[first]! : drawn);
   }
   return new Set(of).size === ranks ? of : null;
+}
+
+/** Two stretches of blocks a rank; null where the graph has too few for it, or its head is tied to the embedding. */
+export function interleavedStages(graph: LawCase["graph"], ranks: number): number[] | null {
+  const groups = new Set(graph.blocks.map((_, b) => ownersOf(graph, b)[0] ?? b)).size;
+  if (groups < graph.blocks.length || graph.blocks.length < 2 * ranks) return null;
+  const of = assignStages(graph, ranks, "interleaved");
+  return stretchesOf({ rank: 0, ranks, of }) === null ? null : of;
 }

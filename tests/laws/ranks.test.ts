@@ -7,12 +7,12 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, describe, expect, it } from "vitest";
 import { ownersOf } from "../../src/plan/layout.js";
-import { assignStages, isContiguous, stretchesOf } from "../../src/plan/stages.js";
+import { isContiguous } from "../../src/plan/stages.js";
 import type { NativeRanks } from "../../src/train/native-session.js";
 import { nativeOrSkip } from "../support/native.js";
 import { random } from "../support/random-models.js";
 import { lawCase } from "./offload-case.js";
-import { joinAll, randomStages, trainRanks } from "./rank-case.js";
+import { interleavedStages, joinAll, randomStages, trainRanks } from "./rank-case.js";
 import { differences, randomPolicy, sessionOptions, trainResident } from "./trial.js";
 
 const native = nativeOrSkip();
@@ -38,10 +38,8 @@ describe.skipIf(!native)("any number of ranks gives the same numbers", () => {
       if (policy.boundary === "slot") policy.boundary = "device";
       let of = randomStages(next, c.graph, size);
       if (of === null) continue;
-      // Where two stretches a rank are had: four blocks at the least, none tied.
-      const turns = assignStages(c.graph, size, "interleaved");
-      if (next() < 0.4 && stretchesOf({ rank: 0, ranks: size, of: turns }) !== null && c.microBatches % size === 0)
-        of = turns;
+      const turns = c.microBatches % size === 0 ? interleavedStages(c.graph, size) : null;
+      if (next() < 0.4 && turns !== null) of = turns;
       const stages = { rank: 0, ranks: size, of };
       if (next() < 0.6 && (of === turns || isContiguous(c.graph, stages))) policy.schedule = "oneForwardOneBackward";
       let ranks = groups.get(size);
