@@ -88,7 +88,7 @@ export function stretchesOf(stages: Stages): number[] | null {
   const { of } = stages;
   const count = stageCount(stages);
   const stretch: number[] = [];
-  let [at, stage] = [0, 0];
+  let [at, stage] = [0, -1];
   for (const next of of) {
     if (next === stage + 1) stage = next;
     else if (next === 0 && stage === count - 1 && count > 1) [at, stage] = [at + 1, 0];
