@@ -494,6 +494,21 @@ std::shared_ptr<const engine::Tape> decode_tape(const Napi::Value& value) {
   return tape;
 }
 
+std::map<std::string, int64_t> decode_counts(const Napi::Value& value) {
+  std::map<std::string, int64_t> counts;
+  if (value.IsUndefined()) return counts;
+  if (!value.IsObject()) refuse("counts", "an object of numbers");
+  const Napi::Object object = value.As<Napi::Object>();
+  const Napi::Array names = object.GetPropertyNames();
+  for (uint32_t i = 0; i < names.Length(); ++i) {
+    const std::string name = names.Get(i).ToString().Utf8Value();
+    const int64_t count = integer_of(object.Get(name), "counts." + name);
+    if (count < 0) refuse("counts." + name, "a count of at least 0");
+    counts.emplace(name, count);
+  }
+  return counts;
+}
+
 engine::Batch decode_batch(const Napi::Value& value, const std::string& where) {
   if (!value.IsObject()) refuse(where, "an object of host tensors");
   const Napi::Object object = value.As<Napi::Object>();

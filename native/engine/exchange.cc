@@ -2,6 +2,7 @@
 // a forward that runs without a tape.
 #include <ATen/Functions.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "engine/error.h"
@@ -68,6 +69,21 @@ const char* code_of(const std::string& text) {
 
 }  // namespace
 
+int64_t Executor::place_in_context() const {
+  const auto& context = spec_.context;
+  if (context.empty()) return 0;
+  return std::find(context.begin(), context.end(), spec_.ranks->spec().rank) - context.begin();
+}
+
+// Ranks that share rows meet inside their passes, so until they have agreed each must run all of them: the others would
+// wait for what it left out. A loss that is not finite, or a cancelled step, is then carried on to where they agree.
+bool Executor::in_step(const Step& step) const { return spec_.context.size() > 1 && !step.agreed; }
+
+// A pass that failed cannot be carried on: all end, with this rank's reason.
+void Executor::end_others(const Step& step) const {
+  if (spec_.ranks->lost().empty()) spec_.ranks->fail(told(step.failure).second);
+}
+
 // Tells the others how this rank fares; nobody waits.
 void Executor::report(Step& step) {
   StepResult& result = step.result;
@@ -86,6 +102,8 @@ void Executor::report(Step& step) {
         mine.put(loss.has_value());
         mine.put(loss.value_or(0));
       }
+    for (const auto& by_term : step.micro_counts)
+      for (const int64_t count : by_term) mine.put(count);
   }
   for (const at::Tensor& norm : step.norms) {
     mine.put(norm.defined());
@@ -105,6 +123,12 @@ void Executor::exchange(Step& step) {
   if (first) {
     result.finite = true;
     result.non_finite_micro_batch = -1;
+  }
+  // Ranks that share rows each have a part of every loss and of what it counts: summed in the order of ranks.
+  const bool parts = first && spec_.context.size() > 1;
+  if (parts) {
+    for (auto& by_micro_batch : step.losses) by_micro_batch.assign(by_micro_batch.size(), std::nullopt);
+    for (auto& by_term : step.micro_counts) by_term.assign(by_term.size(), 0);
   }
   for (size_t r = 0; r < all.size(); ++r) {
     Message theirs(all[r]);
@@ -127,7 +151,12 @@ void Executor::exchange(Step& step) {
         for (std::optional<double>& loss : by_micro_batch) {
           const bool known = theirs.take<bool>();
           const double value = theirs.take<double>();
-          if (known) loss = value;
+          if (known) loss = parts ? loss.value_or(0) + value : value;
+        }
+      for (auto& by_term : step.micro_counts)
+        for (int64_t& count : by_term) {
+          const int64_t value = theirs.take<int64_t>();
+          if (parts) count += value;
         }
     }
     for (at::Tensor& norm : step.norms) {
@@ -144,7 +173,8 @@ void Executor::exchange(Step& step) {
 // block without any runs where its first input comes from.
 std::vector<int> Executor::ranks_of_blocks(const LoadedGraph& loaded) const {
   const std::vector<int>& stages = state_->placement().stages;
-  std::vector<int> rank_of(loaded.graph.blocks.size(), 0);
+  const bool whole_rows = spec_.context.size() <= 1;
+  std::vector<int> rank_of(loaded.graph.blocks.size(), whole_rows || !spec_.ranks ? 0 : spec_.ranks->spec().rank);
   if (stages.empty()) return rank_of;
   for (size_t b = 0; b < rank_of.size(); ++b) {
     const auto& owners = loaded.owners[b];
@@ -170,6 +200,7 @@ std::vector<std::vector<char>> Executor::readers(const LoadedGraph& loaded, cons
   const size_t ranks = spec_.ranks ? static_cast<size_t>(spec_.ranks->spec().size) : 1;
   const Graph& graph = loaded.graph;
   std::vector<std::vector<char>> read(graph.blocks.size(), std::vector<char>(ranks, 0));
+  if (spec_.context.size() > 1) return read;  // each has its own share
   for (size_t b = 0; b < graph.blocks.size(); ++b)
     for (const Source& source : graph.blocks[b].inputs)
       if (source.block >= 0) read.at(source.block)[rank_of[b]] = 1;
