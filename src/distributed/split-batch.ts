@@ -90,7 +90,13 @@ function rowPositions(rows: number, length: number): HostTensor {
   return { dtype: "int64", shape: [rows, length], data };
 }
 
-const ARRAYS = { int64: BigInt64Array, int32: Int32Array, int16: Int16Array, int8: Int8Array, uint8: Uint8Array } as const;
+const ARRAYS = {
+  int64: BigInt64Array,
+  int32: Int32Array,
+  int16: Int16Array,
+  int8: Int8Array,
+  uint8: Uint8Array,
+} as const;
 
 function different({ dtype, data }: HostTensor, ignore: number): number {
   const Typed = ARRAYS[dtype as keyof typeof ARRAYS];
