@@ -120,7 +120,7 @@ void Executor::load(Graph graph, std::optional<Placement> placement) {
     groups_["context:" + std::to_string(spec_.context.size())] = spec_.ranks->group(spec_.context);
   loaded->programs = ready(graph);
   state_ = std::make_unique<ModelState>(graph, spec_.dtype, spec_.format, std::move(placement), spec_.device, account_,
-                                        spec_.disk_folder, spec_.ranks != nullptr);
+                                        spec_.disk_folder, spec_.ranks && spec_.context.size() < 2);
   for (const BlockSpec& block : graph.blocks) loaded->parameters.push_back(block.parameters);
   loaded->graph = std::move(graph);
   link(*loaded);

@@ -4,6 +4,7 @@
  */
 import { afterAll, describe, expect, it } from "vitest";
 import type { DecoderConfig } from "../../src/models/decoder/config.js";
+import { callOp, type Tensor, tensor } from "../../src/tensor/index.js";
 import type { Batch, HostTensor, NativeRanks } from "../../src/train/native-session.js";
 import { nativeOrSkip } from "../support/native.js";
 import {
@@ -44,6 +45,9 @@ afterAll(async () => {
 const SIZES = [2, 3, 4];
 const everyCase = (dtype: CaseDType) =>
   Array.from({ length: cases }, (_, i) => contextCase(firstSeed + i, SIZES[i % SIZES.length]!, dtype));
+/** The same step in float64, from the same parameters. */
+const exactly = (c: ContextCase, one: Awaited<ReturnType<typeof stepWhole>>) =>
+  stepWhole(native!, c, "float64", one.parameters);
 const timeout = { timeout: cases * 6_000 + 60_000 };
 
 describe.skipIf(!native)("rows shared out to ranks", () => {
@@ -63,7 +67,10 @@ describe.skipIf(!native)("rows shared out to ranks", () => {
         });
         const off = distance(summed(shares), one.gradients);
         worst = Math.max(worst, off);
-        expect(off, c.label).toBeLessThan(bound);
+        // In float32 one rank itself is off from float64 by up to 5.3e-6 (300 decoders), where a gradient is what large terms
+        // leave; another order of the same sums is off from that one by up to 3 times as much (2.97 was seen).
+        const plain = off < bound ? 0 : distance(one.gradients, (await exactly(c, one)).gradients);
+        expect(off, c.label).toBeLessThan(dtype === "float32" ? Math.max(bound, 4 * plain) : bound);
         for (const { result } of shares) {
           expect(Math.abs(result.loss - one.result.loss) / one.result.loss, c.label).toBeLessThan(bound);
           expect(result.counts).toEqual(one.result.counts);
@@ -268,6 +275,25 @@ describe.skipIf(!native)("a group of ranks that share rows", () => {
       expect(new Set(codes).size, codes.join(" ")).toBe(1);
       expect(["done", "ABORTED"]).toContain(codes[0]);
     }
+  });
+
+  it("has a name of its own in this process, until its rank leaves", async () => {
+    const ranks = await joinAll(native!, 2);
+    const both = await Promise.all(ranks.map((r) => r.group([1, 0])));
+    const alone = await Promise.all(ranks.map((r) => r.group([r.rank])));
+    expect(new Set([...both, ...alone]).size).toBe(4);
+    expect(await ranks[0]!.group([1, 0])).toBe(both[0]);
+    const q = tensor([...Array(16).keys()].map((i) => Math.sin(i))).reshape([1, 1, 8, 2]);
+    const attend = () => callOp("stroma::ring_attention", [q, q, q, null, true, null, alone[1]!]) as Tensor;
+    const plain = callOp("aten::scaled_dot_product_attention", [q, q, q, null, 0, true]) as Tensor;
+    expect(attend().toArray()).toEqual(plain.toArray());
+    for (const members of [[1], [0, 0], [0, 2], []])
+      await expect(ranks[0]!.group(members)).rejects.toMatchObject({
+        code: "RANKS",
+        message: expect.stringContaining("different ranks from 0 to 1 that holds rank 0"),
+      });
+    await Promise.all(ranks.map((r) => r.leave()));
+    expect(attend).toThrow(/expected the name of a process group/);
   });
 
   it("refuses a graph for another number of ranks, and a context without ranks", async () => {
