@@ -1,7 +1,7 @@
 /**
  * What a rank holds of a step when rows are shared out: highest bytes on the device (the processors' memory, as the engine
  * counts it) by ranks and kind of attention, of the fullest rank. State is the same on every rank, so `passesBytes` is beside
- * it: sums, boundaries and what passes compute with. Ranks are sessions of one process that talk over Gloo and loopback.
+ * it: sums, boundaries and what passes compute with. `predicted`: the plan's peak over the measured one. Ranks are sessions of one process that talk over Gloo and loopback.
  *
  *   npm run bench -- context [--dim 256] [--layers 4] [--tokens 4096] [--recompute all] [--documents] [--json]
  */
@@ -13,6 +13,7 @@ import { decoderConfig } from "../src/models/decoder/config.js";
 import { decoder } from "../src/models/decoder/model.js";
 import { loadAddon } from "../src/native.js";
 import { planResident } from "../src/plan/planner.js";
+import { tapePeaks } from "../src/plan/simulate.js";
 import type { Recompute } from "../src/plan/types.js";
 import { decoderBatch } from "./support/steps.js";
 
@@ -79,7 +80,8 @@ async function measure(context: ContextOptions) {
   };
   const all = await Promise.all([...Array(R).keys()].map(one));
   const fullest = all.reduce((a, b) => (b.peakDeviceBytes > a.peakDeviceBytes ? b : a));
-  return { ...context, ...fullest };
+  const predicted = tapePeaks(graph, tape, "cpu", { B: 1, T: T / R }).deviceBytes;
+  return { ...context, ...fullest, predicted: predicted / fullest.peakDeviceBytes };
 }
 
 const rows = [];
@@ -94,7 +96,7 @@ for (const context of [
   rows.push(row);
   if (!values.json)
     console.log(
-      `${context.ranks} ranks, ${context.ranks === 1 ? "whole rows" : context.kind}: peak ${(row.peakDeviceBytes / 1e6).toFixed(1)} MB, beside state ${(row.passesBytes / 1e6).toFixed(1)} MB`,
+      `${context.ranks} ranks, ${context.ranks === 1 ? "whole rows" : context.kind}: peak ${(row.peakDeviceBytes / 1e6).toFixed(1)} MB, beside state ${(row.passesBytes / 1e6).toFixed(1)} MB, predicted ${row.predicted.toFixed(3)} of it`,
     );
 }
 console.log(JSON.stringify({ name: "context", dim, layers, T, recompute, documents: values.documents, rows }));

@@ -626,7 +626,8 @@ const products = {
       const own = (t: TensorMeta, copies = 1): Saved => ({ own: { dtype: q.dtype, shape: [copies, ...t.shape] } });
       const copies = copiesOfHeads(k.shape[1]!, ranks);
       const T = dimMul(ranks, q.shape[2]!);
-      const mask: Saved = { own: { dtype: "bool", shape: [q.shape[0]!, T, T] } };
+      // As attention saves it: additive.
+      const mask: Saved = { own: { dtype: q.dtype, shape: [q.shape[0]!, T, T] } };
       return [own(q), own(k, copies), own(v, copies), own(out), ...(documents === null ? [] : [mask]), logsumexp(q)];
     },
   ),

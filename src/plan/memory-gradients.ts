@@ -165,10 +165,12 @@ export function forwardTemporary(call: SizedCall, grad: boolean): number {
       return 2 * (k.bytes + v.bytes) + call.out.elements * wideBytes(call.out) + call.out.bytes;
     }
     case "allToAllAttention": {
-      // Parts on their way in and joined, and of the result on its way back.
-      const { shape } = sequenceCall(call)!;
-      const row = shape.batch * shape.tokens * (call.out.bytes / call.out.elements);
-      return row * (shape.heads * (shape.headDim + shape.valueDim) + 2 * shape.kvHeads * shape.headDim);
+      // Parts on their way in and joined, and of the result on its way back; a document mask, bool twice and additive.
+      const { shape, ranks } = sequenceCall(call)!;
+      const size = call.out.bytes / call.out.elements;
+      const row = shape.batch * shape.tokens * size;
+      const mask = shape.documents ? shape.batch * (ranks * shape.tokens) ** 2 * (2 + (grad ? 0 : size)) : 0;
+      return mask + row * (shape.heads * (shape.headDim + shape.valueDim) + 2 * shape.kvHeads * shape.headDim);
     }
     default:
       return 0;

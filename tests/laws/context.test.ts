@@ -3,10 +3,15 @@
  * what another order of sums rounds; and whatever ends one rank's step ends that of all.
  */
 import { afterAll, describe, expect, it } from "vitest";
-import type { DecoderConfig } from "../../src/models/decoder/config.js";
+import { traceModel } from "../../src/graph/trace.js";
+import { type DecoderConfig, decoderConfig } from "../../src/models/decoder/config.js";
+import { decoder } from "../../src/models/decoder/model.js";
+import { planResident } from "../../src/plan/planner.js";
+import { tapePeaks } from "../../src/plan/simulate.js";
 import { callOp, type Tensor, tensor } from "../../src/tensor/index.js";
 import type { Batch, HostTensor, NativeRanks } from "../../src/train/native-session.js";
 import { nativeOrSkip } from "../support/native.js";
+import { randomBatch } from "../support/random-models.js";
 import {
   type CaseDType,
   type ContextCase,
@@ -151,6 +156,38 @@ describe.skipIf(!native)("rows shared out to ranks", () => {
     expect(worst).toBeGreaterThan(1e-3);
   });
 
+  it("holds as much as its plan says, within 5 %", timeout, async () => {
+    for (const kind of ["ring", "allToAll"] as const)
+      for (const recompute of ["all", "none"] as const)
+        for (const documentMask of [false, true]) {
+          const [R, T] = [2, 256];
+          const config = decoderConfig({
+            vocabSize: 300,
+            dim: 128,
+            layers: 3,
+            heads: 4,
+            kvHeads: 2,
+            ffn: 256,
+            documentMask,
+          });
+          const graph = traceModel(decoder, config, { context: { ranks: R, kind } });
+          const tape = planResident(graph, { microBatches: 1, clip: "none", recompute });
+          const predicted = tapePeaks(graph, tape, "cpu", { B: 1, T: T / R }).deviceBytes;
+          const whole = randomBatch(graph, 300, 1, T, 5);
+          const peaks = await Promise.all(
+            (await ranksOf(R)).map((r) =>
+              withSession(openShared(native!, r, { dtype: "float32", ranks: R }), graph, async (session) => {
+                const { batch, counts } = split(graph, whole, r.rank, R);
+                const request = { ...requestOf(graph, { clip: "none", recompute }, [batch]), counts };
+                return (await session.step(request)).peakDeviceBytes;
+              }),
+            ),
+          );
+          const off = Math.abs(predicted / Math.max(...peaks) - 1);
+          expect(off, `${kind} ${recompute} ${documentMask}: ${predicted} for ${peaks}`).toBeLessThan(0.05);
+        }
+  });
+
   it("evaluates each rank's share, which add up to the whole", timeout, async () => {
     for (const c of everyCase("float64").slice(0, 4)) {
       const one = await stepWhole(native!, { ...c, microBatches: c.microBatches.slice(0, 1) });
@@ -217,6 +254,22 @@ describe.skipIf(!native)("a group of ranks that share rows", () => {
     });
     await Promise.all([session.dispose(), other.dispose()]);
     await Promise.all(ranks.map((r) => r.leave()));
+  });
+
+  it("ends when a rank goes without a word", async () => {
+    const ranks = await joinAll(native!, 2);
+    const session = openShared(native!, ranks[0]!, c);
+    await Promise.all([session.load(c.shared), ranks[1]!.group([0, 1])]);
+    await session.initialize(7);
+    const { microBatches, counts } = shareOf(c, 0);
+    const waiting = session.step({ ...requestOf(c.shared, c.plan, microBatches), counts });
+    setTimeout(() => void ranks[1]!.leave(), 300);
+    await expect(waiting).rejects.toMatchObject({
+      code: "RANKS",
+      message: expect.stringMatching(/^\[ranks\] rank 1 \(.*, process \d+\) is gone: /),
+    });
+    await session.dispose();
+    await ranks[0]!.leave();
   });
 
   it("ends on all ranks when a pass of one fails, and each says whose", async () => {
