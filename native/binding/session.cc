@@ -223,6 +223,11 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
     }
     if (options.has("diskFolder")) spec.disk_folder = options.text("diskFolder");
     if (options.has("ranks")) spec.ranks = ranks_of(options.at("ranks"));
+    if (options.has("context")) spec.context = options.integers("context");
+    if (!spec.context.empty() && !spec.ranks)
+      throw CodedError("CONFIG", "[session] options.context is for a session with options.ranks");
+    if (!spec.context.empty() && is_cuda)
+      throw CodedError("CONFIG", "[session] options.context: ranks share rows over Gloo, on processors alone");
     core_ = std::make_shared<Core>();
     core_->executor = std::make_unique<engine::Executor>(spec);
     lane_ = std::make_shared<Lane>(
@@ -286,6 +291,7 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
       const Napi::Array batches = fields.array("microBatches");
       for (uint32_t i = 0; i < batches.Length(); ++i)
         request->micro_batches.push_back(decode_batch(batches.Get(i), "microBatches[" + std::to_string(i) + "]"));
+      request->counts = decode_counts(fields.at("counts"));
       request->step = fields.integer("step");
       request->seed = fields.integer("seed");
       request->learning_rate = fields.number("learningRate");
@@ -366,12 +372,14 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
     return entry(info, [&] {
       auto batch = std::make_shared<engine::Batch>(decode_batch(info[1], "batch"));
       int64_t seed = 0;
+      std::map<std::string, int64_t> counts;
       if (info.Length() > 2 && info[2].IsObject()) {
         const Fields options(info[2], "options");
         if (options.has("seed")) seed = options.integer("seed");
+        counts = decode_counts(options.at("counts"));
       }
-      return post(info, [batch, seed, name = text(info, 0, "name")](engine::Executor& executor) -> Finish {
-        auto outputs = std::make_shared<std::map<std::string, at::Tensor>>(executor.run(name, *batch, seed));
+      return post(info, [batch, seed, counts, name = text(info, 0, "name")](engine::Executor& executor) -> Finish {
+        auto outputs = std::make_shared<std::map<std::string, at::Tensor>>(executor.run(name, *batch, seed, counts));
         return [outputs](Napi::Env env) -> Napi::Value {
           Napi::Object result = Napi::Object::New(env);
           for (const auto& [key, tensor] : *outputs) result.Set(key, host_tensor_to_js(env, tensor));

@@ -483,6 +483,8 @@ engine::Placement decode_placement(const Napi::Value& value, const std::string& 
     stages.shards = count("shards", stages.ranks);
     stages.replicas = count("replicas", stages.ranks / stages.shards);
     if (stages.ranks % stages.members() != 0) refuse(f.path("ranks"), "a multiple of shards x replicas");
+    stages.context = count("context", stages.members());
+    if (stages.members() % stages.context != 0) refuse(f.path("context"), "a divisor of shards x replicas");
     stages.of = f.integers("of");
     if (stages.of.size() != placement.param.size()) refuse(f.path("of"), "a stage for each block");
     for (const int stage : stages.of)
@@ -517,6 +519,21 @@ std::shared_ptr<const engine::Tape> decode_tape(const Napi::Value& value) {
     if (i.queued()) tape->has_copies = true;
   tape->kept = decode_kept(value.As<Napi::Object>().Get("kept"), "tape.kept");
   return tape;
+}
+
+std::map<std::string, int64_t> decode_counts(const Napi::Value& value) {
+  std::map<std::string, int64_t> counts;
+  if (value.IsUndefined()) return counts;
+  if (!value.IsObject()) refuse("counts", "an object of numbers");
+  const Napi::Object object = value.As<Napi::Object>();
+  const Napi::Array names = object.GetPropertyNames();
+  for (uint32_t i = 0; i < names.Length(); ++i) {
+    const std::string name = names.Get(i).ToString().Utf8Value();
+    const int64_t count = integer_of(object.Get(name), "counts." + name);
+    if (count < 0) refuse("counts." + name, "a count of at least 0");
+    counts.emplace(name, count);
+  }
+  return counts;
 }
 
 engine::Batch decode_batch(const Napi::Value& value, const std::string& where) {

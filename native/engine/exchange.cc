@@ -2,6 +2,7 @@
 // a forward that runs without a tape.
 #include <ATen/Functions.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <functional>
@@ -70,6 +71,21 @@ const char* code_of(const std::string& text) {
 
 }  // namespace
 
+int64_t Executor::place_in_context() const {
+  const auto& context = spec_.context;
+  if (context.empty()) return 0;
+  return std::find(context.begin(), context.end(), spec_.ranks->spec().rank) - context.begin();
+}
+
+// Ranks that share rows meet inside their passes, so until they have agreed each must run all of them: the others would
+// wait for what it left out. A loss that is not finite, or a cancelled step, is then carried on to where they agree.
+bool Executor::in_step(const Step& step) const { return spec_.context.size() > 1 && !step.agreed; }
+
+// A pass that failed cannot be carried on: all end, with this rank's reason.
+void Executor::end_others(const Step& step) const {
+  if (spec_.ranks->lost().empty()) spec_.ranks->fail(told(step.failure).second);
+}
+
 // Tells the others how this rank fares; nobody waits.
 void Executor::report(Step& step) {
   StepResult& result = step.result;
@@ -88,6 +104,8 @@ void Executor::report(Step& step) {
         mine.put(loss.has_value());
         mine.put(loss.value_or(0));
       }
+    for (const auto& by_term : step.micro_counts)
+      for (const int64_t count : by_term) mine.put(count);
   }
   for (const at::Tensor& norm : step.own_norms) {
     mine.put(norm.defined());
@@ -104,11 +122,18 @@ void Executor::exchange(Step& step) {
   const std::vector<std::string> all = step.reported();
   step.reported = nullptr;
   const bool first = !step.agreed;
-  const Stages& stages = *state_->placement().stages;
+  // None where rows alone are shared: each rank then has a norm of everything, and keeps it.
+  const std::optional<Stages>& stages = state_->placement().stages;
   std::vector<std::vector<at::Tensor>> norms(step.norms.size());
   if (first) {
     result.finite = true;
     result.non_finite_micro_batch = -1;
+  }
+  // Ranks that share rows each have a part of every loss and of what it counts: summed in the order of ranks.
+  const bool parts = first && spec_.context.size() > 1;
+  if (parts) {
+    for (auto& by_micro_batch : step.losses) by_micro_batch.assign(by_micro_batch.size(), std::nullopt);
+    for (auto& by_term : step.micro_counts) by_term.assign(by_term.size(), 0);
   }
   for (size_t r = 0; r < all.size(); ++r) {
     Message theirs(all[r]);
@@ -131,14 +156,19 @@ void Executor::exchange(Step& step) {
         for (std::optional<double>& loss : by_micro_batch) {
           const bool known = theirs.take<bool>();
           const double value = theirs.take<double>();
-          if (known) loss = value;
+          if (known) loss = parts ? loss.value_or(0) + value : value;
+        }
+      for (size_t m = 0; m < step.micro_counts.size(); ++m)
+        for (int64_t& count : step.micro_counts[m]) {
+          const int64_t value = theirs.take<int64_t>();
+          if (parts && (!stages.has_value() || stages->runs(static_cast<int>(m), static_cast<int>(r)))) count += value;
         }
     }
     for (auto& parts : norms) {
       const bool defined = theirs.take<bool>();
       const double value = theirs.take<double>();
       // Replicas hold the same.
-      const bool counts = static_cast<int>(r) % stages.members() < stages.shards;
+      const bool counts = stages.has_value() && static_cast<int>(r) % stages->members() < stages->shards;
       if (defined && counts) parts.push_back(at::scalar_tensor(value, at::dtype(state_->wide()).device(spec_.device)));
     }
   }
@@ -239,8 +269,9 @@ void Executor::gather_shards(int owner, at::Tensor& whole) const {
 // By block of a graph that shares the trained one's parameters: the rank that runs it, which is its parameters'; a
 // block without any runs where its first input comes from. Of a stage, the member that does what this rank does.
 std::vector<int> Executor::ranks_of_blocks(const LoadedGraph& loaded) const {
-  std::vector<int> rank_of(loaded.graph.blocks.size(), 0);
   const std::optional<Stages>& among = state_->placement().stages;
+  const int self = spec_.ranks ? spec_.ranks->spec().rank : 0;
+  std::vector<int> rank_of(loaded.graph.blocks.size(), among.has_value() ? among->counterpart(0) : self);
   if (!among.has_value()) return rank_of;
   std::vector<int> stages;
   for (const int stage : among->of) stages.push_back(among->counterpart(stage));
@@ -268,14 +299,14 @@ std::vector<std::vector<char>> Executor::readers(const LoadedGraph& loaded, cons
   const size_t ranks = spec_.ranks ? static_cast<size_t>(spec_.ranks->spec().size) : 1;
   const Graph& graph = loaded.graph;
   std::vector<std::vector<char>> read(graph.blocks.size(), std::vector<char>(ranks, 0));
+  const std::optional<Stages>& stages = state_->placement().stages;
+  if (!stages.has_value()) return read;
   for (size_t b = 0; b < graph.blocks.size(); ++b)
     for (const Source& source : graph.blocks[b].inputs)
       if (source.block >= 0) read.at(source.block)[rank_of[b]] = 1;
-  const std::optional<Stages>& stages = state_->placement().stages;
-  if (stages.has_value())
-    for (const GraphOutput& output : graph.outputs)
-      for (size_t r = 0; r < ranks; ++r)
-        if (static_cast<int>(r) % stages->members() == stages->member()) read.at(output.block)[r] = 1;
+  for (const GraphOutput& output : graph.outputs)
+    for (size_t r = 0; r < ranks; ++r)
+      if (static_cast<int>(r) % stages->members() == stages->member()) read.at(output.block)[r] = 1;
   for (size_t b = 0; b < graph.blocks.size(); ++b) read[b][rank_of[b]] = 0;
   return read;
 }

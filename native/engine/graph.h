@@ -131,12 +131,13 @@ struct StateFormat {
   bool operator==(const StateFormat&) const = default;
 };
 
-// Blocks and micro-batches over ranks. A stage's members run the same blocks, each on micro-batches of its own, and add up
-// their gradients; state is cut over `shards` of them. rank = (stage * replicas + replica) * shards + shard.
+// Blocks, micro-batches and rows over ranks. A stage's members run the same blocks and add up their gradients; each
+// `context` of them, neighbours, share the rows of micro-batches that are theirs alone; state is cut over `shards` of them.
+// rank = (stage * replicas + replica) * shards + shard.
 struct Stages {
   int rank = 0, ranks = 1;
   std::vector<int> of;  // by block: its stage
-  int shards = 1, replicas = 1;
+  int shards = 1, replicas = 1, context = 1;
   int members() const { return shards * replicas; }
   int stage() const { return rank / members(); }
   int member() const { return rank % members(); }
@@ -146,7 +147,16 @@ struct Stages {
   int peer(int member) const { return stage() * members() + member; }
   int counterpart(int stage) const { return stage * members() + member(); }
   bool is_mine(size_t block) const { return of[block] == stage(); }
-  bool runs(int micro_batch) const { return micro_batch % members() == member(); }
+  bool runs(int micro_batch, int by) const {
+    return micro_batch % (members() / context) == by % members() / context;
+  }
+  bool runs(int micro_batch) const { return runs(micro_batch, rank); }
+  // The ranks that share rows with this one, in the order of their shares.
+  std::vector<int> context_group() const {
+    std::vector<int> group;
+    for (int place = 0; place < context; ++place) group.push_back(rank / context * context + place);
+    return group;
+  }
   bool operator==(const Stages&) const = default;
 };
 

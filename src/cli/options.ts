@@ -411,6 +411,13 @@ export const trainOptions = {
     1,
     2,
   ),
+  context: count(
+    RANKS,
+    1,
+    "So many ranks share every row, each some of its tokens, and attend over all of them: for rows that no rank holds (shards are as many, unless said)",
+    1,
+    2,
+  ),
   reduceDtype: choice(
     RANKS,
     ["float32", "bfloat16"],

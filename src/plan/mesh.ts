@@ -16,8 +16,15 @@ export const replicaOf = (stages: Stages, rank = stages.rank): number =>
   Math.floor(memberOf(stages, rank) / shardsOf(stages));
 export const rankAt = (stages: Stages, stage: number, member: number): number => stage * membersOf(stages) + member;
 
-/** The micro-batches that a rank runs, ascending: dealt out to the members of every stage in turn. */
+/** Ranks that share each row. */
+export const sharersOf = (stages?: Stages): number => stages?.context ?? 1;
+/** Groups of members that have micro-batches of their own. */
+export const groupsOf = (stages?: Stages): number => membersOf(stages) / sharersOf(stages);
+
+/** The micro-batches that a rank runs, ascending: dealt out to the groups of every stage in turn. */
 export function batchesOf(stages: Stages | undefined, microBatches: number): number[] {
   const all = [...Array(microBatches).keys()];
-  return stages === undefined ? all : all.filter((m) => m % membersOf(stages) === memberOf(stages));
+  if (stages === undefined) return all;
+  const mine = Math.floor(memberOf(stages) / sharersOf(stages));
+  return all.filter((m) => m % groupsOf(stages) === mine);
 }

@@ -1,7 +1,8 @@
 /** What a tape is written from, and which combinations make no sense. */
 import { StromaError } from "../errors.js";
+import { contextOf } from "../graph/context.js";
 import type { Graph } from "../graph/types.js";
-import { membersOf, shardsOf, stageCount } from "./mesh.js";
+import { groupsOf, shardsOf, sharersOf, stageCount } from "./mesh.js";
 import { checkStages, isContiguous, stretchesOf } from "./stages.js";
 import type {
   Clip,
@@ -69,24 +70,28 @@ export function checkPolicy(graph: Graph, policy: Policy): void {
         'schedule "oneForwardOneBackward" is for stages of neighbouring blocks: others would wait for each other for ever. ' +
           'Take stages "contiguous" or "interleaved", or another order',
       );
-    const [count, each] = [stageCount(policy.stages), microBatches / membersOf(policy.stages)];
+    const [count, groups] = [stageCount(policy.stages), groupsOf(policy.stages)];
+    const each = microBatches / groups;
     if (interleaved && each % count !== 0)
       refuse(
         `${count} interleaved stages take as many micro-batches at a time, and ${each} / ${count} is no whole number. ` +
-          `Accumulate over a multiple of ${count * membersOf(policy.stages)}, or take stages "contiguous"`,
+          `Accumulate over a multiple of ${count * groups}, or take stages "contiguous"`,
       );
   }
-  if (membersOf(policy.stages) > microBatches)
+  const groups = groupsOf(policy.stages);
+  if (groups > microBatches)
     refuse(
-      `each of ${membersOf(policy.stages)} ranks of a stage needs a micro-batch of its own, and there are ${microBatches}. ` +
+      `each of ${groups} ranks of a stage needs a micro-batch of its own, and there are ${microBatches}. ` +
         "Accumulate over more micro-batches, or take fewer shards",
     );
-  const members = membersOf(policy.stages);
-  if (shardsOf(policy.stages) > 1 && policy.schedule !== "breadthFirst" && microBatches % members !== 0)
+  if (shardsOf(policy.stages) > 1 && policy.schedule !== "breadthFirst" && microBatches % groups !== 0)
     refuse(
       `in order "${policy.schedule}" each micro-batch gathers every block, so all ranks need equally many, and ` +
-        `${microBatches} / ${members} is no whole number. Accumulate over a multiple of ${members}, or go breadth-first`,
+        `${microBatches} / ${groups} is no whole number. Accumulate over a multiple of ${groups}, or go breadth-first`,
     );
+  const [sharers, meant] = [sharersOf(policy.stages), contextOf(graph)?.ranks ?? 1];
+  if (policy.stages !== undefined && sharers !== meant)
+    refuse(`the graph is for rows that ${meant} ranks share, and in the stages ${sharers} do`);
   if (policy.reduceDType === "float64" && graph.dtype !== "float64")
     refuse(`gradients of a ${graph.dtype} graph are summed in float32: they do not travel as float64`);
   if (policy.stages !== undefined && boundary === "slot")

@@ -7,7 +7,7 @@ import { programCost } from "../graph/costs.js";
 import { evaluate } from "../graph/dims.js";
 import type { Graph } from "../graph/types.js";
 import { ownersOf } from "./layout.js";
-import { membersOf, replicasOf, shardsOf, stageCount } from "./mesh.js";
+import { membersOf, replicasOf, shardsOf, sharersOf, stageCount } from "./mesh.js";
 import type { Stages } from "./types.js";
 
 /**
@@ -53,6 +53,9 @@ export function checkStages(graph: Graph, stages: Stages): void {
   for (const [what, n] of Object.entries({ shards: shardsOf(stages), replicas: replicasOf(stages) }))
     if (!Number.isSafeInteger(n) || n < 1) refuse(`expected at least 1 of ${what}, got ${n}`);
   const members = membersOf(stages);
+  const context = sharersOf(stages);
+  if (!Number.isSafeInteger(context) || context < 1 || members % context !== 0)
+    refuse(`rows are shared by a divisor of the ${members} ranks (shards x replicas) of a stage, not ${context}`);
   const count = ranks / members;
   if (!Number.isSafeInteger(count))
     refuse(

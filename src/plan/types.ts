@@ -71,9 +71,10 @@ export type CopyQueue = "in" | "out" | "load" | "save";
 export type Queue = "compute" | CopyQueue | "send" | "receive";
 
 /**
- * Blocks and micro-batches over ranks. A stage is `shards` x `replicas` ranks (1 x 1: one) that run the same blocks, each
- * on micro-batches of its own, and add up their gradients. State is cut over `shards` ranks and the same on `replicas` of
- * them. Rank = (stage x replicas + replica) x shards + shard, so that shards are neighbours on a machine.
+ * Blocks, micro-batches and rows over ranks. A stage is `shards` x `replicas` ranks (1 x 1: one) that run the same blocks
+ * and add up their gradients: each on micro-batches of its own, which `context` neighbours share, a part of each row for
+ * one. State is cut over `shards` ranks and the same on `replicas` of them. Rank = (stage x replicas + replica) x shards +
+ * shard, so that shards are neighbours on a machine.
  */
 export interface Stages {
   /** Whose tape this is. */
@@ -85,6 +86,8 @@ export interface Stages {
   shards?: number;
   /** Default 1. */
   replicas?: number;
+  /** Ranks that share rows: a divisor of shards x replicas. The graph is then one of a context. Default 1. */
+  context?: number;
 }
 
 export interface Boundary {

@@ -79,6 +79,11 @@ export interface TrainerOptions extends MemoryOptions {
   shards?: number;
   /** Groups of `shards` ranks that hold the same state. Default 1. */
   replicas?: number;
+  /**
+   * Ranks that share every row, each some of its tokens: a divisor of shards x replicas, which it is by default. For rows
+   * that no rank holds. sequenceLength is a multiple of 2 x context. Default 1.
+   */
+  context?: number;
   /** What gradients travel as between ranks that share blocks. Default: float32, as they are summed. */
   reduceDtype?: "float32" | "bfloat16";
   /** What blocks compute in. Default: as `precision` says, "float32". */
@@ -149,7 +154,7 @@ const NAMES = [
   ...["sequenceLength", "learningRate", "learningRateSchedule", "weightDecay", "adamw", "maxGradNorm", "seed"],
   ...["outputDir", "logEveryNSteps", "saveEveryNSteps", "saveEveryNEpochs", "evalEveryNSteps", "evalMicroBatches"],
   ...["sampleEveryNSteps", "samplePrompts", "sampleTokens", "keepLast", "resume", "device", "dtype", "threads"],
-  ...["ranks", "stages", "shards", "replicas", "reduceDtype"],
+  ...["ranks", "stages", "shards", "replicas", "context", "reduceDtype"],
   ...["order", "recompute", "nonFinite", "profileMemory", "onEvent"],
   ...MEMORY_NAMES,
 ];
@@ -226,13 +231,19 @@ export function resolveOptions(options: TrainerOptions): ResolvedOptions {
 }
 
 /** Whether they fit the number of ranks is asked when those are known (plan.ts). */
-function resolveShards(o: TrainerOptions): Pick<ResolvedOptions, "shards" | "replicas" | "reduceDtype"> {
-  const shards = o.shards === undefined ? null : whole(o.shards, "shards", 1);
+function resolveShards(o: TrainerOptions): Pick<ResolvedOptions, "shards" | "replicas" | "context" | "reduceDtype"> {
+  const context = whole(o.context ?? 1, "context", 1);
+  const alone = context > 1 && o.replicas === undefined ? context : null;
+  const shards = o.shards === undefined ? alone : whole(o.shards, "shards", 1);
   const replicas = whole(o.replicas ?? 1, "replicas", 1);
   const reduceDtype = o.reduceDtype === undefined ? null : oneOf(o.reduceDtype, ["float32", "bfloat16"], "reduceDtype");
   if (reduceDtype !== null && (shards ?? 1) * replicas === 1)
     throw config("reduceDtype is for ranks that share blocks: give shards or replicas, or leave it out");
-  return { shards, replicas, reduceDtype };
+  if (((shards ?? 1) * replicas) % context !== 0)
+    throw config(
+      `context ${context} is no divisor of shards ${shards ?? 1} x replicas ${replicas}, the ranks that add up their gradients`,
+    );
+  return { shards, replicas, context, reduceDtype };
 }
 
 /** @throws CONFIG showing the product that does not come out */
@@ -339,7 +350,7 @@ export function mergeOptions(saved: TrainerOptions, given: TrainerOptions): Trai
   }
   // Ranks that are another number share blocks in another way, or not at all.
   const members = (base.shards ?? 1) * (base.replicas ?? 1);
-  const shares = ["shards", "replicas", "reduceDtype"] as const;
+  const shares = ["shards", "replicas", "context", "reduceDtype"] as const;
   if (shares.some((name) => defined[name] !== undefined) || (defined.ranks?.size ?? 1) % members !== 0)
     for (const name of shares) delete base[name];
   return { ...base, ...defined };

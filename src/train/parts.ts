@@ -2,6 +2,7 @@
 import type { DatasetOptions } from "../data/index.js";
 import type { Dataset } from "../data/types.js";
 import { StromaError } from "../errors.js";
+import type { ContextOptions } from "../graph/context.js";
 import type { BatchInput, Graph } from "../graph/types.js";
 import type { ComputeDType } from "./compute-dtype.js";
 import { type ModelSpec, type ResolvedModel, resolveModel } from "./model-source.js";
@@ -17,6 +18,7 @@ export interface Parts {
   resolveModel(spec: ModelSpec): ResolvedModel;
   computeDType(device: SessionOptions["device"]): Promise<ComputeDType>;
   plan(graph: Graph, options: SettledOptions): Promise<TrainingPlan>;
+  context(graph: Graph, options: SettledOptions): Promise<ContextOptions | null>;
 }
 
 /** Loaded when used: reading options or a checkpoint's facts needs neither libtorch nor data sources. */
@@ -28,6 +30,7 @@ export const realParts: Parts = {
   resolveModel,
   computeDType: async (device) => (await import("./compute-dtype.js")).chooseComputeDType(device),
   plan: async (graph, options) => (await import("./plan.js")).planTraining(graph, options),
+  context: async (graph, options) => (await import("./plan.js")).contextFor(graph, options),
 };
 
 /** The tensors that the graph takes, of those that the data has. @throws DATA naming one that is missing */

@@ -2,6 +2,7 @@
 import { createHash } from "node:crypto";
 import { totalmem } from "node:os";
 import { StromaError } from "../errors.js";
+import type { ContextOptions } from "../graph/context.js";
 import { canonicalJson } from "../graph/hash.js";
 import type { Graph } from "../graph/types.js";
 import { probeMachine } from "../native.js";
@@ -10,11 +11,12 @@ import { planForRank } from "../plan/auto-ranks.js";
 import { type Budget, showSize } from "../plan/budget.js";
 import { checkRanks } from "../plan/check-ranks.js";
 import { checkTape } from "../plan/checker.js";
+import { chooseContext, contextSizes } from "../plan/context.js";
 import { roundUp } from "../plan/layout.js";
 import { readMeasured } from "../plan/measured.js";
-import { membersOf, replicasOf, shardsOf, stageCount } from "../plan/mesh.js";
+import { groupsOf, membersOf, replicasOf, shardsOf, sharersOf, stageCount } from "../plan/mesh.js";
 import { residentPolicy } from "../plan/planner.js";
-import { findProfile } from "../plan/profiles.js";
+import { findProfile, RANK_LINK } from "../plan/profiles.js";
 import { type TapePeaks, tapePeaks } from "../plan/simulate.js";
 import { assignStages, stretchesOf } from "../plan/stages.js";
 import type { Placement, RetainedDType, Stages, StateFormat, Tape } from "../plan/types.js";
@@ -68,6 +70,22 @@ export const stateFormat = (o: SettledOptions): StateFormat => ({
   masterWeight: o.masterWeight,
   optimizer: o.optimizer.kind,
 });
+
+/**
+ * How ranks share rows: whichever way of attending over them is faster. `graph`: of whole rows. Throws CONFIG where these do
+ * not divide.
+ */
+export function contextFor(graph: Graph, o: SettledOptions): ContextOptions | null {
+  if (o.context === 1) return null;
+  const profile = profileOf(o);
+  const rates = {
+    link: profile.rankLink ?? RANK_LINK,
+    messageSeconds: profile.copySeconds,
+    attentionFlops: profile.attention * profile.gemm[graph.dtype === "float64" ? "float64" : "float32"].flops,
+  };
+  const sizes = contextSizes(graph, { B: o.microBatchSize, T: o.sequenceLength });
+  return { ranks: o.context, kind: chooseContext(sizes, o.context, rates).kind };
+}
 
 /**
  * Throws CONFIG where the model's sizes are not known that a plan needs, OUT_OF_MEMORY for what does not fit, saying by how
@@ -194,9 +212,12 @@ function meshText({ stages: asked }: SettledOptions, stages: Stages): string {
   const rule = asked ?? "alternating";
   const [shards, replicas] = [shardsOf(stages), replicasOf(stages)];
   const members = shards * replicas;
-  const among = [...(shards > 1 ? [`${shards} shards`] : []), ...(replicas > 1 ? [`${replicas} replicas`] : [])].join(
-    " x ",
-  );
+  const rows = sharersOf(stages) > 1 ? [`rows of ${sharersOf(stages)} ranks`] : [];
+  const among = [
+    ...rows,
+    ...(shards > 1 ? [`${shards} shards`] : []),
+    ...(replicas > 1 ? [`${replicas} replicas`] : []),
+  ].join(" x ");
   if (members === 1) return `blocks ${rule}`;
   return stages.ranks === members ? among : `${stages.ranks / members} stages (${rule}) of ${among}`;
 }
@@ -229,13 +250,15 @@ function amongRanks(
   const shards = o.shards ?? 1;
   const of = assignStages(alone.graph, ranks / (shards * replicas), o.stages ?? "alternating");
   const shared = { shards, replicas };
-  const stages = { rank, ranks, of, ...(shards * replicas > 1 ? shared : {}) };
+  const rows = o.context > 1 ? { context: o.context } : {};
+  const stages = { rank, ranks, of, ...(shards * replicas > 1 ? shared : {}), ...rows };
   const reduced = o.reduceDtype === null ? {} : { reduceDType: o.reduceDtype };
   const asked = (policy: Policy): Chosen => ({ ...alone, policy: { ...policy, stages, ...reduced } });
   if (o.plan === null) return asked(streamed(resident, o.offload as "host" | "disk", o, dims));
   // Boundaries have places, since both ends of a link must know their size.
-  // The planner knows no replicas.
-  if (o.plan === "resident" || ranks === 1 || replicas > 1) return asked({ ...resident, boundary: "device", dims });
+  // The planner knows no replicas, and no shared rows.
+  if (o.plan === "resident" || ranks === 1 || replicas > 1 || o.context > 1)
+    return asked({ ...resident, boundary: "device", dims });
   const budget = budgetOf(o);
   const request = {
     dims,
@@ -343,9 +366,9 @@ const unknownSizes = (graph: Graph) =>
     `[plan] ${graph.model} takes inputs of other dims than B and T, so their sizes are not known. Say plan resident, without a profile`,
   );
 
-/** Sizes of one micro-batch of the user's; null where the model has inputs of other dims. */
+/** Sizes of one micro-batch of the user's, of a rank's share of it; null where the model has inputs of other dims. */
 function dimsOf(graph: Graph, o: SettledOptions): Record<string, number> | null {
-  const dims: Record<string, number> = { B: o.microBatchSize, T: o.sequenceLength };
+  const dims: Record<string, number> = { B: o.microBatchSize, T: o.sequenceLength / o.context };
   const names = graph.inputs.flatMap((input) => input.shape.flatMap((d) => String(d).match(/[A-Za-z_]\w*/g) ?? []));
   return names.every((name) => Object.hasOwn(dims, name)) ? dims : null;
 }
@@ -368,7 +391,7 @@ function roomFor(graph: Graph, policy: Policy, whole: Placement, smaller: boolea
 
 /** Micro-batches that a step takes at the least, and in multiples of what. */
 function countsOf({ schedule, stages }: Policy): { least: number; unit: number } {
-  const least = membersOf(stages);
+  const least = groupsOf(stages);
   if (schedule === "breadthFirst" || stages === undefined) return { least, unit: 1 };
   const turns = schedule === "oneForwardOneBackward" && stretchesOf(stages) !== null ? stageCount(stages) : 1;
   return { least: least * turns, unit: least * turns };

@@ -153,6 +153,47 @@ describe.skipIf(!native)("ranks", () => {
     expect(await tensors(many)).toEqual(await tensors(one));
   });
 
+  test.each([
+    [2, { context: 2 }],
+    [4, { context: 2, shards: 4, order: "breadthFirst" }],
+    [4, { context: 2, shards: 1, replicas: 2, stages: "alternating", batchSize: 4 }],
+  ] as [number, Partial<TrainerOptions>][])("%i that share rows learn what one does: %j", async (size, extra) => {
+    const model = { config: { ...REAL.model.config, dropout: 0, tiedEmbeddings: false } };
+    const all = { ...options, model, dtype: "float64", precision: "float64", ...extra } satisfies TrainerOptions;
+    const { context: _, shards: __, replicas: ___, stages: ____, ...plain } = all;
+    const [one, many] = [
+      folder(`rows-one-${size}-${Object.values(extra)}`),
+      folder(`rows-${size}-${Object.values(extra)}`),
+    ];
+    await using alone = new Trainer({ ...plain, outputDir: one });
+    const expected = await collect(alone);
+    const ranks = values(await runRanks(size, { ...all, outputDir: many }));
+    for (const events of ranks) {
+      for (const [i, step] of only(events, "step").entries()) {
+        const wanted = only(expected, "step")[i]!;
+        expect(Math.abs(step.loss / wanted.loss - 1)).toBeLessThan(1e-9);
+        expect(Math.abs(step.gradNorm / wanted.gradNorm - 1)).toBeLessThan(1e-7);
+        expect(step.tokens).toBe(wanted.tokens);
+      }
+      // Whole rows: each rank by itself.
+      const evals = only(events, "eval").map((e) => e.loss);
+      for (const [i, e] of only(expected, "eval").entries())
+        expect(Math.abs(evals[i]! / e.loss - 1)).toBeLessThan(1e-9);
+    }
+    // The checkpoint is that of one rank, in its form: either goes on from it.
+    await using after = new Trainer({ ...plain, steps: 9, resume: true, outputDir: many });
+    expect(only(await collect(after), "done")[0]!.step).toBe(9);
+  });
+
+  test("that share rows of a length that does not divide are told the arithmetic", async () => {
+    const settled = await runRanks(2, { ...options, context: 2, sequenceLength: 98, outputDir: folder("odd") });
+    for (const s of settled)
+      expect((s as PromiseRejectedResult).reason).toMatchObject({
+        code: "CONFIG",
+        message: expect.stringMatching(/98 = 24 x 4 \+ 2/),
+      });
+  });
+
   test("that run something else are told what", async () => {
     const settled = await runRanks(2, { ...options, outputDir: folder("differ") }, (rank) => ({ seed: rank }));
     for (const s of settled) {

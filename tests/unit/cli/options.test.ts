@@ -126,6 +126,7 @@ describe("the options, declared once", () => {
           "--stages",
           "--shards",
           "--replicas",
+          "--context",
           "--reduce-dtype",
           "--distributed",
           "--use-8bit-optimizer",
