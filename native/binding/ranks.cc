@@ -21,8 +21,8 @@ class RanksWrap : public Napi::ObjectWrap<RanksWrap> {
     using R = RanksWrap;
     return DefineClass(
         env, "NativeRanks",
-        {InstanceMethod<&R::gather>("gather"), InstanceMethod<&R::fail>("fail"), InstanceMethod<&R::lost>("lost"),
-         InstanceMethod<&R::leave>("leave"), InstanceMethod<&R::counts>("counts")});
+        {InstanceMethod<&R::gather>("gather"), InstanceMethod<&R::group>("group"), InstanceMethod<&R::fail>("fail"),
+         InstanceMethod<&R::lost>("lost"), InstanceMethod<&R::leave>("leave"), InstanceMethod<&R::counts>("counts")});
   }
   explicit RanksWrap(const Napi::CallbackInfo& info) : Napi::ObjectWrap<RanksWrap>(info) {
     if (info.Length() != 1 || !info[0].IsExternal()) {
@@ -53,6 +53,23 @@ class RanksWrap : public Napi::ObjectWrap<RanksWrap> {
           for (uint32_t r = 0; r < all.size(); ++r) result.Set(r, all[r]);
           return result;
         };
+      });
+    });
+  }
+  Napi::Value group(const Napi::CallbackInfo& info) {
+    return entry(info, [&] {
+      if (info.Length() < 1 || !info[0].IsArray())
+        throw CodedError("INVALID_ARGUMENT", "[ranks] expected an array of ranks");
+      const Napi::Array list = info[0].As<Napi::Array>();
+      std::vector<int> members;
+      for (uint32_t i = 0; i < list.Length(); ++i) {
+        const Napi::Value member = list.Get(i);
+        if (!member.IsNumber()) throw CodedError("INVALID_ARGUMENT", "[ranks] expected an array of ranks");
+        members.push_back(member.As<Napi::Number>().Int32Value());
+      }
+      return made_.lane->post(info, [ranks = use(), members]() -> Finish {
+        const std::string name = ranks->group(members);
+        return [name](Napi::Env env) -> Napi::Value { return Napi::String::New(env, name); };
       });
     });
   }

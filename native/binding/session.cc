@@ -41,7 +41,8 @@ class SnapshotWrap : public Napi::ObjectWrap<SnapshotWrap> {
   static Napi::Function define(Napi::Env env) {
     return DefineClass(
         env, "NativeSnapshot",
-        {InstanceMethod<&SnapshotWrap::write>("write"), InstanceMethod<&SnapshotWrap::dispose>("dispose")});
+        {InstanceMethod<&SnapshotWrap::write>("write"), InstanceMethod<&SnapshotWrap::write_parts>("writeParts"),
+         InstanceMethod<&SnapshotWrap::dispose>("dispose")});
   }
   explicit SnapshotWrap(const Napi::CallbackInfo& info) : Napi::ObjectWrap<SnapshotWrap>(info) {
     if (info.Length() == 1 && info[0].IsExternal()) {
@@ -62,26 +63,45 @@ class SnapshotWrap : public Napi::ObjectWrap<SnapshotWrap> {
   };
 
  private:
-  Napi::Value write(const Napi::CallbackInfo& info) {
+  // What is written, and how what it returns looks in JavaScript.
+  template <typename Work>
+  Napi::Value writing(const Napi::CallbackInfo& info, Work work) {
     return entry(info, [&]() -> Napi::Value {
       if (!data_) throw CodedError("DISPOSED", "[snapshot] this snapshot was disposed");
       if (info.Length() < 3 || !info[0].IsString())
-        throw CodedError("INVALID_ARGUMENT", "[snapshot] expected write(path, header, entries)");
+        throw CodedError("INVALID_ARGUMENT", "[snapshot] expected (path, header, entries)");
       const auto [bytes, size] = view_bytes(info[1], "header");
       return lane_->post(
-          info,
-          [data = data_, check = check_, path = info[0].As<Napi::String>().Utf8Value(),
-           header = std::string(static_cast<const char*>(bytes), size), entries = decode_entries(info[2])]() -> Finish {
+          info, [data = data_, check = check_, work, path = info[0].As<Napi::String>().Utf8Value(),
+                 header = std::string(static_cast<const char*>(bytes), size), entries = decode_entries(info[2])] {
             if (!data->copied() && check) check();
-            const auto written = data->write(path, header, entries);
-            return [written](Napi::Env env) -> Napi::Value {
-              Napi::Object result = Napi::Object::New(env);
-              result.Set("bytes", static_cast<double>(written.bytes));
-              result.Set("sha256", written.sha256);
-              return result;
-            };
+            return work(*data, path, header, entries);
           });
     });
+  }
+  using Entries = std::vector<engine::FileEntry>;
+  Napi::Value write(const Napi::CallbackInfo& info) {
+    return writing(info,
+                   [](const engine::Snapshot& data, const std::string& path, const std::string& header,
+                      const Entries& entries) -> Finish {
+                     const auto written = data.write(path, header, entries);
+                     return [written](Napi::Env env) -> Napi::Value {
+                       Napi::Object result = Napi::Object::New(env);
+                       result.Set("bytes", static_cast<double>(written.bytes));
+                       result.Set("sha256", written.sha256);
+                       return result;
+                     };
+                   });
+  }
+  Napi::Value write_parts(const Napi::CallbackInfo& info) {
+    return writing(info,
+                   [](const engine::Snapshot& data, const std::string& path, const std::string& header,
+                      const Entries& entries) -> Finish {
+                     const int64_t written = data.write_parts(path, header, entries);
+                     return [written](Napi::Env env) -> Napi::Value {
+                       return Napi::Number::New(env, static_cast<double>(written));
+                     };
+                   });
   }
   Napi::Value dispose(const Napi::CallbackInfo& info) {
     data_.reset();
@@ -203,6 +223,11 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
     }
     if (options.has("diskFolder")) spec.disk_folder = options.text("diskFolder");
     if (options.has("ranks")) spec.ranks = ranks_of(options.at("ranks"));
+    if (options.has("context")) spec.context = options.integers("context");
+    if (!spec.context.empty() && !spec.ranks)
+      throw CodedError("CONFIG", "[session] options.context is for a session with options.ranks");
+    if (!spec.context.empty() && is_cuda)
+      throw CodedError("CONFIG", "[session] options.context: ranks share rows over Gloo, on processors alone");
     core_ = std::make_shared<Core>();
     core_->executor = std::make_unique<engine::Executor>(spec);
     lane_ = std::make_shared<Lane>(
@@ -266,6 +291,7 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
       const Napi::Array batches = fields.array("microBatches");
       for (uint32_t i = 0; i < batches.Length(); ++i)
         request->micro_batches.push_back(decode_batch(batches.Get(i), "microBatches[" + std::to_string(i) + "]"));
+      request->counts = decode_counts(fields.at("counts"));
       request->step = fields.integer("step");
       request->seed = fields.integer("seed");
       request->learning_rate = fields.number("learningRate");
@@ -346,12 +372,14 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
     return entry(info, [&] {
       auto batch = std::make_shared<engine::Batch>(decode_batch(info[1], "batch"));
       int64_t seed = 0;
+      std::map<std::string, int64_t> counts;
       if (info.Length() > 2 && info[2].IsObject()) {
         const Fields options(info[2], "options");
         if (options.has("seed")) seed = options.integer("seed");
+        counts = decode_counts(options.at("counts"));
       }
-      return post(info, [batch, seed, name = text(info, 0, "name")](engine::Executor& executor) -> Finish {
-        auto outputs = std::make_shared<std::map<std::string, at::Tensor>>(executor.run(name, *batch, seed));
+      return post(info, [batch, seed, counts, name = text(info, 0, "name")](engine::Executor& executor) -> Finish {
+        auto outputs = std::make_shared<std::map<std::string, at::Tensor>>(executor.run(name, *batch, seed, counts));
         return [outputs](Napi::Env env) -> Napi::Value {
           Napi::Object result = Napi::Object::New(env);
           for (const auto& [key, tensor] : *outputs) result.Set(key, host_tensor_to_js(env, tensor));
@@ -409,8 +437,8 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
       return post(info, [](engine::Executor& executor) -> Finish {
         struct Row {
           std::string kind, name, dtype;
-          std::vector<int64_t> shape;
-          int64_t bytes;
+          std::vector<int64_t> shape;  // of the whole tensor
+          int64_t begin, bytes;        // of it, what is here
         };
         std::vector<Row> rows;
         const engine::ModelState& state = executor.state();
@@ -420,8 +448,10 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
             if (!state.holds(kind, p)) continue;
             const auto shape = state.shape_of(kind, p);
             const at::ScalarType dtype = state.dtype_of(kind);
-            const int64_t bytes = c10::multiply_integers(shape) * static_cast<int64_t>(c10::elementSize(dtype));
-            rows.push_back({engine::state_kind_name(kind), p.spec.name, dtype_name(dtype), shape, bytes});
+            const int64_t itemsize = static_cast<int64_t>(c10::elementSize(dtype));
+            rows.push_back({engine::state_kind_name(kind), p.spec.name, dtype_name(dtype),
+                            state.whole_shape_of(kind, p), state.begin_of(kind, p) * itemsize,
+                            c10::multiply_integers(shape) * itemsize});
           }
         return [rows = std::move(rows)](Napi::Env env) -> Napi::Value {
           Napi::Array result = Napi::Array::New(env, rows.size());
@@ -433,6 +463,7 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
             Napi::Array shape = Napi::Array::New(env, rows[i].shape.size());
             for (uint32_t d = 0; d < rows[i].shape.size(); ++d) shape.Set(d, static_cast<double>(rows[i].shape[d]));
             row.Set("shape", shape);
+            row.Set("begin", static_cast<double>(rows[i].begin));
             row.Set("bytes", static_cast<double>(rows[i].bytes));
             result.Set(i, row);
           }

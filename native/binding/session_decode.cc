@@ -328,6 +328,8 @@ engine::Instruction decode_instruction(const Napi::Value& value, const std::stri
                           {"backward", Op::kBackward},
                           {"cast", Op::kCast},
                           {"norm", Op::kNorm},
+                          {"partial", Op::kPartial},
+                          {"reduce", Op::kReduce},
                           {"report", Op::kReport},
                           {"agree", Op::kAgree},
                           {"coefficient", Op::kCoefficient},
@@ -389,6 +391,12 @@ engine::Instruction decode_instruction(const Napi::Value& value, const std::stri
     case Op::kNorm:
       result.sums = f.integers("sums");
       break;
+    case Op::kReduce:
+      result.sums = f.integers("parts");
+      result.to = integer("to");
+      result.dtype = decode_retained(f, "dtype");
+      break;
+    case Op::kPartial:
     case Op::kPack:
       result.sums = f.integers("sums");
       result.to = integer("to");
@@ -461,8 +469,27 @@ engine::Placement decode_placement(const Napi::Value& value, const std::string& 
     placement.state.push_back(place("state"));
   }
   if (fields.has("stages") && !fields.at("stages").IsNull()) {
-    placement.stages = fields.integers("stages");
-    if (placement.stages.size() != placement.param.size()) refuse(fields.path("stages"), "a rank for each block");
+    const Fields f(fields.at("stages"), fields.path("stages"));
+    engine::Stages stages;
+    const auto count = [&f](const char* name, int64_t most) {
+      if (!f.has(name) || f.at(name).IsUndefined()) return 1;
+      const int64_t n = f.integer(name);
+      if (n < 1 || n > most) refuse(f.path(name), "1 to " + std::to_string(most));
+      return static_cast<int>(n);
+    };
+    stages.ranks = count("ranks", 1 << 20);
+    stages.rank = static_cast<int>(f.integer("rank"));
+    if (stages.rank < 0 || stages.rank >= stages.ranks) refuse(f.path("rank"), "one of the ranks");
+    stages.shards = count("shards", stages.ranks);
+    stages.replicas = count("replicas", stages.ranks / stages.shards);
+    if (stages.ranks % stages.members() != 0) refuse(f.path("ranks"), "a multiple of shards x replicas");
+    stages.context = count("context", stages.members());
+    if (stages.members() % stages.context != 0) refuse(f.path("context"), "a divisor of shards x replicas");
+    stages.of = f.integers("of");
+    if (stages.of.size() != placement.param.size()) refuse(f.path("of"), "a stage for each block");
+    for (const int stage : stages.of)
+      if (stage < 0 || stage >= stages.ranks / stages.members()) refuse(f.path("of"), "stages that there are");
+    placement.stages = std::move(stages);
   }
   return placement;
 }
@@ -492,6 +519,21 @@ std::shared_ptr<const engine::Tape> decode_tape(const Napi::Value& value) {
     if (i.queued()) tape->has_copies = true;
   tape->kept = decode_kept(value.As<Napi::Object>().Get("kept"), "tape.kept");
   return tape;
+}
+
+std::map<std::string, int64_t> decode_counts(const Napi::Value& value) {
+  std::map<std::string, int64_t> counts;
+  if (value.IsUndefined()) return counts;
+  if (!value.IsObject()) refuse("counts", "an object of numbers");
+  const Napi::Object object = value.As<Napi::Object>();
+  const Napi::Array names = object.GetPropertyNames();
+  for (uint32_t i = 0; i < names.Length(); ++i) {
+    const std::string name = names.Get(i).ToString().Utf8Value();
+    const int64_t count = integer_of(object.Get(name), "counts." + name);
+    if (count < 0) refuse("counts." + name, "a count of at least 0");
+    counts.emplace(name, count);
+  }
+  return counts;
 }
 
 engine::Batch decode_batch(const Napi::Value& value, const std::string& where) {

@@ -11,6 +11,8 @@ namespace stroma {
 engine::Graph decode_graph(const Napi::Value& value);
 std::shared_ptr<const engine::Tape> decode_tape(const Napi::Value& value);
 engine::Placement decode_placement(const Napi::Value& value, const std::string& where);
+// By loss term; undefined: empty.
+std::map<std::string, int64_t> decode_counts(const Napi::Value& value);
 engine::Batch decode_batch(const Napi::Value& value, const std::string& where);
 std::vector<engine::FileEntry> decode_entries(const Napi::Value& value);
 std::vector<engine::StateKind> decode_kinds(const Napi::Value& value);

@@ -2,7 +2,10 @@
 // a forward that runs without a tape.
 #include <ATen/Functions.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <functional>
 
 #include "engine/error.h"
 #include "engine/step.h"
@@ -68,6 +71,21 @@ const char* code_of(const std::string& text) {
 
 }  // namespace
 
+int64_t Executor::place_in_context() const {
+  const auto& context = spec_.context;
+  if (context.empty()) return 0;
+  return std::find(context.begin(), context.end(), spec_.ranks->spec().rank) - context.begin();
+}
+
+// Ranks that share rows meet inside their passes, so until they have agreed each must run all of them: the others would
+// wait for what it left out. A loss that is not finite, or a cancelled step, is then carried on to where they agree.
+bool Executor::in_step(const Step& step) const { return spec_.context.size() > 1 && !step.agreed; }
+
+// A pass that failed cannot be carried on: all end, with this rank's reason.
+void Executor::end_others(const Step& step) const {
+  if (spec_.ranks->lost().empty()) spec_.ranks->fail(told(step.failure).second);
+}
+
 // Tells the others how this rank fares; nobody waits.
 void Executor::report(Step& step) {
   StepResult& result = step.result;
@@ -86,8 +104,10 @@ void Executor::report(Step& step) {
         mine.put(loss.has_value());
         mine.put(loss.value_or(0));
       }
+    for (const auto& by_term : step.micro_counts)
+      for (const int64_t count : by_term) mine.put(count);
   }
-  for (const at::Tensor& norm : step.norms) {
+  for (const at::Tensor& norm : step.own_norms) {
     mine.put(norm.defined());
     mine.put(norm.defined() ? norm.item<double>() : 0.0);
   }
@@ -102,9 +122,18 @@ void Executor::exchange(Step& step) {
   const std::vector<std::string> all = step.reported();
   step.reported = nullptr;
   const bool first = !step.agreed;
+  // None where rows alone are shared: each rank then has a norm of everything, and keeps it.
+  const std::optional<Stages>& stages = state_->placement().stages;
+  std::vector<std::vector<at::Tensor>> norms(step.norms.size());
   if (first) {
     result.finite = true;
     result.non_finite_micro_batch = -1;
+  }
+  // Ranks that share rows each have a part of every loss and of what it counts: summed in the order of ranks.
+  const bool parts = first && spec_.context.size() > 1;
+  if (parts) {
+    for (auto& by_micro_batch : step.losses) by_micro_batch.assign(by_micro_batch.size(), std::nullopt);
+    for (auto& by_term : step.micro_counts) by_term.assign(by_term.size(), 0);
   }
   for (size_t r = 0; r < all.size(); ++r) {
     Message theirs(all[r]);
@@ -127,25 +156,125 @@ void Executor::exchange(Step& step) {
         for (std::optional<double>& loss : by_micro_batch) {
           const bool known = theirs.take<bool>();
           const double value = theirs.take<double>();
-          if (known) loss = value;
+          if (known) loss = parts ? loss.value_or(0) + value : value;
+        }
+      for (size_t m = 0; m < step.micro_counts.size(); ++m)
+        for (int64_t& count : step.micro_counts[m]) {
+          const int64_t value = theirs.take<int64_t>();
+          if (parts && (!stages.has_value() || stages->runs(static_cast<int>(m), static_cast<int>(r)))) count += value;
         }
     }
-    for (at::Tensor& norm : step.norms) {
+    for (auto& parts : norms) {
       const bool defined = theirs.take<bool>();
       const double value = theirs.take<double>();
-      if (defined && !norm.defined()) norm = at::scalar_tensor(value, at::dtype(state_->wide()).device(spec_.device));
+      // Replicas hold the same.
+      const bool counts = stages.has_value() && static_cast<int>(r) % stages->members() < stages->shards;
+      if (defined && counts) parts.push_back(at::scalar_tensor(value, at::dtype(state_->wide()).device(spec_.device)));
     }
   }
+  for (size_t p = 0; p < norms.size(); ++p)
+    if (!norms[p].empty()) step.norms[p] = combined(norms[p]);
   step.agreed = true;
   if (step.failure != nullptr || step.aborted || !result.finite) step.dead = true;
 }
 
+// Of a tensor whose parts are on several ranks, in their order: the root of the sum of squares, in double.
+at::Tensor Executor::combined(const std::vector<at::Tensor>& norms) const {
+  if (norms.size() == 1) return norms.front();
+  double squares = 0;
+  for (const at::Tensor& norm : norms) {
+    const double value = norm.item<double>();
+    squares += value * value;
+  }
+  return at::scalar_tensor(std::sqrt(squares), norms.front().options());
+}
+
+namespace {
+
+// Every two of the members exchange something, in an order in which none waits for another that waits for it.
+void each_peer(const Stages& stages, int replica, const std::function<void(int shard, int peer, bool first)>& meet) {
+  const int self = stages.shard();
+  for (int other = 0; other < stages.shards; ++other)
+    if (other != self) meet(other, stages.peer(replica * stages.shards + other), self < other);
+}
+
+void swap(Ranks& ranks, const at::Tensor& mine, const at::Tensor& theirs, int peer, bool first) {
+  const auto send = [&] {
+    if (mine.numel() > 0) ranks.send(Ranks::Channel::kEngine, mine, peer);
+  };
+  if (first) send();
+  if (theirs.numel() > 0) ranks.receive(Ranks::Channel::kEngine, theirs, peer);
+  if (!first) send();
+}
+
+}  // namespace
+
+// Update on backward: the norm of a block whose parts are on several ranks, before it is updated.
+void Executor::share_norms(Step& step, int block) const {
+  const Stages& stages = *state_->placement().stages;
+  const BlockLayout& layout = state_->layout[block];
+  const auto& owned = layout.owned;
+  const int64_t n = static_cast<int64_t>(owned.size());
+  const at::Tensor mine = at::full({n}, -1.0, at::kDouble);
+  for (int64_t i = 0; i < n; ++i) {
+    const at::Tensor& norm = step.own_norms[owned[i].parameter];
+    if (norm.defined()) mine.mutable_data_ptr<double>()[i] = norm.item<double>();
+  }
+  std::vector<at::Tensor> all(stages.shards);
+  all[stages.shard()] = mine;
+  each_peer(stages, stages.replica(), [&](int shard, int peer, bool first) {
+    // It has nothing of this block that trains, and does not come here.
+    if (layout.shard(layout.trained, shard).size() == 0) return;
+    all[shard] = at::empty_like(mine);
+    swap(*spec_.ranks, mine.view(at::kByte), all[shard].view(at::kByte), peer, first);
+  });
+  for (int64_t i = 0; i < n; ++i) {
+    std::vector<at::Tensor> parts;
+    for (const at::Tensor& of : all) {
+      if (!of.defined()) continue;
+      const double value = of.const_data_ptr<double>()[i];
+      if (!(value == -1.0))
+        parts.push_back(at::scalar_tensor(value, at::dtype(state_->wide()).device(spec_.device)));
+    }
+    if (!parts.empty()) step.norms[owned[i].parameter] = combined(parts);
+  }
+}
+
+// The parts of a block's parameters that are on several ranks, for runs without a tape; on the CPU.
+void Executor::gather_shards(int owner, at::Tensor& whole) const {
+  const Placement& placement = state_->placement();
+  const Stages& stages = *placement.stages;
+  const BlockLayout& block = state_->layout[owner];
+  const auto part = [&](int shard) {
+    const Range range = block.shard(block.all, shard);
+    return whole.narrow(0, range.begin, range.size());
+  };
+  const at::Tensor mine = part(stages.shard());
+  if (placement.param[owner].has_value()) {
+    const Place& home = *placement.param[owner];
+    const at::ScalarType storage = state_->format().storage;
+    if (home.space == Space::kDisk) {
+      const at::Tensor copy = at::empty({home.bytes / static_cast<int64_t>(c10::elementSize(storage))}, storage);
+      state_->memory().access(home, 0, copy.mutable_data_ptr(), home.bytes, /*write=*/false);
+      mine.copy_(copy.narrow(0, 0, mine.numel()));
+    } else {
+      mine.copy_(state_->memory().view(home, 0, {mine.numel()}, storage));
+    }
+  }
+  each_peer(stages, stages.replica(), [&](int shard, int peer, bool first) {
+    swap(*spec_.ranks, mine.view(at::kByte), part(shard).view(at::kByte), peer, first);
+  });
+}
+
 // By block of a graph that shares the trained one's parameters: the rank that runs it, which is its parameters'; a
-// block without any runs where its first input comes from.
+// block without any runs where its first input comes from. Of a stage, the member that does what this rank does.
 std::vector<int> Executor::ranks_of_blocks(const LoadedGraph& loaded) const {
-  const std::vector<int>& stages = state_->placement().stages;
-  std::vector<int> rank_of(loaded.graph.blocks.size(), 0);
-  if (stages.empty()) return rank_of;
+  const std::optional<Stages>& among = state_->placement().stages;
+  const int self = spec_.ranks ? spec_.ranks->spec().rank : 0;
+  std::vector<int> rank_of(loaded.graph.blocks.size(), among.has_value() ? among->counterpart(0) : self);
+  if (!among.has_value()) return rank_of;
+  std::vector<int> stages;
+  for (const int stage : among->of) stages.push_back(among->counterpart(stage));
   for (size_t b = 0; b < rank_of.size(); ++b) {
     const auto& owners = loaded.owners[b];
     if (!owners.empty()) {
@@ -170,10 +299,14 @@ std::vector<std::vector<char>> Executor::readers(const LoadedGraph& loaded, cons
   const size_t ranks = spec_.ranks ? static_cast<size_t>(spec_.ranks->spec().size) : 1;
   const Graph& graph = loaded.graph;
   std::vector<std::vector<char>> read(graph.blocks.size(), std::vector<char>(ranks, 0));
+  const std::optional<Stages>& stages = state_->placement().stages;
+  if (!stages.has_value()) return read;
   for (size_t b = 0; b < graph.blocks.size(); ++b)
     for (const Source& source : graph.blocks[b].inputs)
       if (source.block >= 0) read.at(source.block)[rank_of[b]] = 1;
-  for (const GraphOutput& output : graph.outputs) read.at(output.block).assign(ranks, 1);
+  for (const GraphOutput& output : graph.outputs)
+    for (size_t r = 0; r < ranks; ++r)
+      if (static_cast<int>(r) % stages->members() == stages->member()) read.at(output.block)[r] = 1;
   for (size_t b = 0; b < graph.blocks.size(); ++b) read[b][rank_of[b]] = 0;
   return read;
 }

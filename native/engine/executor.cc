@@ -80,7 +80,7 @@ Error out_of_memory(const std::string& block, const std::string& why, int64_t ar
 
 std::vector<Program> Executor::ready(const Graph& graph) const {
   std::vector<Program> programs;
-  for (const ProgramSpec& spec : graph.programs) programs.emplace_back(spec, spec_.device);
+  for (const ProgramSpec& spec : graph.programs) programs.emplace_back(spec, spec_.device, groups_);
   for (const BlockSpec& block : graph.blocks) {
     if (block.program < 0 || block.program >= static_cast<int>(programs.size()))
       fail("GRAPH", "[graph] block ", block.name, " names program ", block.program, ", which does not exist");
@@ -115,9 +115,14 @@ void Executor::link(LoadedGraph& loaded) const {
 void Executor::load(Graph graph, std::optional<Placement> placement) {
   if (train_) fail("INVALID_ARGUMENT", "[session] a graph is loaded already: one session trains one model");
   auto loaded = std::make_unique<LoadedGraph>();
+  const bool staged = placement.has_value() && placement->stages.has_value();
+  if (staged && placement->stages->context > 1) spec_.context = placement->stages->context_group();
+  // Waits for the others, so not where the session is made.
+  if (!spec_.context.empty())
+    groups_["context:" + std::to_string(spec_.context.size())] = spec_.ranks->group(spec_.context);
   loaded->programs = ready(graph);
   state_ = std::make_unique<ModelState>(graph, spec_.dtype, spec_.format, std::move(placement), spec_.device, account_,
-                                        spec_.disk_folder, spec_.ranks != nullptr);
+                                        spec_.disk_folder, spec_.ranks && (staged || spec_.context.size() < 2));
   for (const BlockSpec& block : graph.blocks) loaded->parameters.push_back(block.parameters);
   loaded->graph = std::move(graph);
   link(*loaded);
@@ -182,6 +187,16 @@ int64_t Executor::count(const LossTerm& term, const Batch& batch) const {
          term.name);
   return it->second.ne(term.count_ignore).sum().item<int64_t>();
 }
+
+namespace {
+
+int64_t count_given(const std::map<std::string, int64_t>& counts, const LossTerm& term) {
+  const auto found = counts.find(term.name);
+  if (found == counts.end()) fail("INVALID_ARGUMENT", "[session] counts lack loss ", term.name);
+  return found->second;
+}
+
+}  // namespace
 
 // A tape is for this session when its format and homes are; places are checked once, copies against both their ends.
 void Executor::prepare(const Tape& tape) const {
@@ -273,7 +288,7 @@ void Executor::execute(Step& step, const Instruction& at) {
     case Op::kTurn: {
       const Kept ran = forward(step, at, Run::kGraph);
       record_loss(step, at, ran);
-      if (step.result.finite) backward(step, at, ran);
+      if (step.result.finite || in_step(step)) backward(step, at, ran);
       break;
     }
     case Op::kBackward: {
@@ -293,6 +308,12 @@ void Executor::execute(Step& step, const Instruction& at) {
       break;
     case Op::kNorm:
       norm(step, at);
+      break;
+    case Op::kPartial:
+      partial(step, at);
+      break;
+    case Op::kReduce:
+      reduce(step, at);
       break;
     case Op::kReport:
       report(step);
@@ -315,7 +336,7 @@ void Executor::execute(Step& step, const Instruction& at) {
       break;
   }
   // A loss or norm that is not finite ends the arithmetic of the step.
-  if (!step.result.finite) step.dead = true;
+  if (!step.result.finite && !in_step(step)) step.dead = true;
 }
 
 std::pair<int64_t, int64_t> Executor::device_memory() const {
@@ -355,28 +376,38 @@ void Executor::walk(Step& step, const std::atomic<bool>& cancelled) {
         copies_->issue(static_cast<int>(i));
         continue;
       }
-      const bool settled = step.agreed || (step.closed && !tape.has_copies);
-      if (cancelled.load() && !tape.flush && !step.dead && !step.committed && !settled) step.dead = step.aborted = true;
+      // What the others have been told stands.
+      const bool settled = step.agreed || step.reported != nullptr || (step.closed && !tape.has_copies);
+      if (cancelled.load() && !tape.flush && !step.dead && !step.committed && !settled) {
+        step.aborted = true;
+        step.dead = !in_step(step);
+      }
       if (step.dead && !tape.has_copies) break;  // nothing is on its way
       copies_->await(static_cast<int>(i));
       if (profile.has_value()) profile->timeline.start[i] = steady_seconds();
       // A pass that fails must not leave half of the state moved: the walk goes on without arithmetic.
+      std::exception_ptr failure;
       try {
         execute(step, at);
       } catch (const c10::OutOfMemoryError& error) {
-        step.failure = std::make_exception_ptr(
-            out_of_memory(train_->graph.blocks[std::max(0, at.block)].name, error.what_without_backtrace(),
-                          state_->memory().device_bytes(), device_memory().first - state_->memory().device_bytes()));
+        failure = std::make_exception_ptr(out_of_memory(train_->graph.blocks[std::max(0, at.block)].name,
+                                                        error.what_without_backtrace(), state_->memory().device_bytes(),
+                                                        device_memory().first - state_->memory().device_bytes()));
       } catch (const c10::Error& error) {
-        step.failure =
-            std::make_exception_ptr(Error("NATIVE", "[block " + train_->graph.blocks[std::max(0, at.block)].name +
-                                                        "] " + error.what_without_backtrace()));
+        const std::string lost = spec_.ranks ? spec_.ranks->lost() : "";
+        failure = std::make_exception_ptr(
+            lost.empty() ? Error("NATIVE", "[block " + train_->graph.blocks[std::max(0, at.block)].name + "] " +
+                                               error.what_without_backtrace())
+                         : Error("RANKS", lost));
       } catch (...) {
-        step.failure = std::current_exception();
+        failure = std::current_exception();
       }
+      // The first one is why; what the others then say of it is not.
+      if (step.failure == nullptr) step.failure = failure;
       if (step.failure != nullptr && !step.dead) {
         step.dead = true;
         step.kept.clear();
+        if (in_step(step)) end_others(step);
       }
       if (profile.has_value()) {
         const auto [live, highest] = device_memory();
@@ -424,6 +455,7 @@ StepResult Executor::step(const StepRequest& request, const std::atomic<bool>& c
   Step step(request, tape);
   step.slots.resize(tape.slots);
   step.norms.resize(state_->parameters.size());
+  step.own_norms.resize(state_->parameters.size());
   step.next.touched.assign(state_->parameters.size(), 0);
   step.result.losses.assign(graph.losses.size(), 0);
   step.result.micro_batch_losses.assign(tape.micro_batches, 0);
@@ -433,7 +465,7 @@ StepResult Executor::step(const StepRequest& request, const std::atomic<bool>& c
   for (auto& by_block : step.shapes) by_block.resize(graph.blocks.size());
   for (const BlockSpec& block : graph.blocks) step.touched.emplace_back(block.parameters.size(), 0);
   step.batches = request.micro_batches;
-  const std::vector<int>& stages = state_->placement().stages;
+  const Placement& placement = state_->placement();
   for (int m = 0; m < tape.micro_batches; ++m) {
     const Batch& batch = request.micro_batches[m];
     step.dims.push_back(bind(graph, batch, "micro-batch " + std::to_string(m)));
@@ -441,9 +473,13 @@ StepResult Executor::step(const StepRequest& request, const std::atomic<bool>& c
     for (const LossTerm& term : graph.losses) counts.push_back(count(term, batch));
     for (size_t i = 0; i < counts.size(); ++i) step.counts[i] += counts[i];
     step.micro_counts.push_back(std::move(counts));
+    if (!placement.runs(m)) {
+      step.batches[m].clear();
+      continue;
+    }
     // Boundaries that come from other ranks have the shapes that the graph says.
-    for (size_t b = 0; b < stages.size(); ++b) {
-      if (stages[b] == spec_.ranks->spec().rank) continue;
+    for (size_t b = 0; b < graph.blocks.size(); ++b) {
+      if (placement.is_mine(b)) continue;
       for (const ProgramOutput& output : graph.programs[graph.blocks[b].program].outputs) {
         std::vector<int64_t> shape;
         for (const Expression& size : output.shape) shape.push_back(size.evaluate(graph.dims, step.dims[m]));
@@ -453,6 +489,8 @@ StepResult Executor::step(const StepRequest& request, const std::atomic<bool>& c
     if (!spec_.device.is_cpu())
       for (auto& [name, tensor] : step.batches[m]) tensor = tensor.to(spec_.device);
   }
+  if (!request.counts.empty())
+    for (size_t i = 0; i < graph.losses.size(); ++i) step.counts[i] = count_given(request.counts, graph.losses[i]);
   for (size_t i = 0; i < graph.losses.size(); ++i)
     if (step.counts[i] == 0)
       fail("DATA", "[session] nothing to learn from: no element of \"", graph.losses[i].count_input, "\" differs from ",
@@ -487,7 +525,8 @@ void Executor::flush() {
   if (step.failure != nullptr) std::rethrow_exception(step.failure);
 }
 
-std::map<std::string, at::Tensor> Executor::run(const std::string& name, const Batch& batch, int64_t seed) {
+std::map<std::string, at::Tensor> Executor::run(const std::string& name, const Batch& batch, int64_t seed,
+                                                const std::map<std::string, int64_t>& counts) {
   flush();
   const auto found = attached_.find(name);
   if (found == attached_.end()) fail("INVALID_ARGUMENT", "[session] no graph is attached as \"", name, "\"");
@@ -535,7 +574,8 @@ std::map<std::string, at::Tensor> Executor::run(const std::string& name, const B
           break;
         }
         case ProgramInput::Kind::kLossScale: {
-          const int64_t n = count(graph.losses[loss_named(graph, source.name)], batch);
+          const LossTerm& term = graph.losses[loss_named(graph, source.name)];
+          const int64_t n = counts.empty() ? count(term, batch) : count_given(counts, term);
           inputs.push_back(at::scalar_tensor(n == 0 ? 0.0 : 1.0 / static_cast<double>(n),
                                              at::dtype(specs[i].dtype).device(spec_.device)));
           break;
@@ -551,7 +591,7 @@ std::map<std::string, at::Tensor> Executor::run(const std::string& name, const B
     for (const int p : loaded.parameters[b]) {
       const Parameter& parameter = state_->parameters[p];
       parameters.push_back(flat[parameter.spec.owner]
-                               .narrow(0, parameter.layout.param, parameter.layout.elements)
+                               .narrow(0, parameter.offset, c10::multiply_integers(parameter.spec.shape))
                                .view(parameter.spec.shape));
     }
     boundaries[b] = run_block(loaded, static_cast<int>(b), std::move(inputs), parameters, dims);
@@ -567,8 +607,15 @@ std::map<std::string, at::Tensor> Executor::run(const std::string& name, const B
   return outputs;
 }
 
-// All parameters that a block owns, in the graph's dtype: its home, or a copy.
+// All parameters that a block owns, in the graph's dtype: its home, or a copy. With shards the ranks that hold them call
+// this together.
 at::Tensor Executor::flat_parameters(int owner) const {
+  const BlockLayout& block = state_->layout[owner];
+  if (state_->placement().shards() > 1) {
+    at::Tensor whole = at::empty({block.all.size()}, at::dtype(spec_.dtype));
+    gather_shards(owner, whole);
+    return whole.to(spec_.device);
+  }
   const Place& home = *state_->placement().param[owner];
   const at::ScalarType storage = state_->format().storage;
   const int64_t elements = home.bytes / static_cast<int64_t>(c10::elementSize(storage));

@@ -31,12 +31,14 @@ struct SessionSpec {
   SimOptions sim;
   std::string disk_folder;
   std::shared_ptr<Ranks> ranks;  // null: this session trains alone
+  std::vector<int> context;      // ranks that share every row with this one, by their place; empty: rows are whole
 };
 
 struct StepRequest {
   std::shared_ptr<const Tape> tape;
   std::shared_ptr<const Tape> flush;  // for tapes that update on forward: carries out what this step leaves pending
   std::vector<Batch> micro_batches;
+  std::map<std::string, int64_t> counts;  // by loss term, over all ranks' shares of the rows; empty: of micro_batches
   int64_t step = 0, seed = 0;
   double learning_rate = 0;
   std::optional<double> max_grad_norm;
@@ -84,7 +86,9 @@ class Executor {
   // on backward: see docs/memory.md.
   StepResult step(const StepRequest& request, const std::atomic<bool>& cancelled);
   void flush();
-  std::map<std::string, at::Tensor> run(const std::string& name, const Batch& batch, int64_t seed);
+  // counts: as in StepRequest. Where rows are shared, what comes out is of this rank's share.
+  std::map<std::string, at::Tensor> run(const std::string& name, const Batch& batch, int64_t seed,
+                                        const std::map<std::string, int64_t>& counts = {});
   at::Tensor gradient(const std::string& name);
   ModelState& state();  // with nothing pending
   const Graph& graph() const;
@@ -112,10 +116,15 @@ class Executor {
   void link(LoadedGraph& loaded) const;
   DimValues bind(const Graph& graph, const Batch& batch, const std::string& where) const;
   int64_t count(const LossTerm& term, const Batch& batch) const;
+  // With a context (exchange.cc).
+  int64_t place_in_context() const;
+  bool in_step(const Step& step) const;
+  void end_others(const Step& step) const;
   std::vector<at::Tensor> run_block(const LoadedGraph& loaded, int block, std::vector<at::Tensor> inputs,
                                     const std::vector<at::Tensor>& parameters, const DimValues& dims,
                                     Keeper* keeper = nullptr) const;
   at::Tensor flat_parameters(int owner) const;
+  void gather_shards(int owner, at::Tensor& whole) const;
   // With ranks (exchange.cc).
   void report(Step& step);
   void exchange(Step& step);
@@ -142,13 +151,20 @@ class Executor {
   void record_loss(Step& step, const Instruction& at, const Kept& ran);
   void cast(Step& step, const Instruction& at);
   at::Tensor summed(const Step& step, const Instruction& at, const Parameter& parameter, bool form) const;
+  at::Tensor user_sums(const Step& step, const Instruction& at, const Parameter& parameter, bool form) const;
   double block_coefficient(const Step& step, int block) const;
+  void partial(Step& step, const Instruction& at);
+  void reduce(Step& step, const Instruction& at);
+  void share_norms(Step& step, int block) const;
+  at::Tensor combined(const std::vector<at::Tensor>& norms) const;
+  bool reached(const Step& step, const Parameter& parameter) const;
   void norm(Step& step, const Instruction& at);
   void coefficient(Step& step);
   void pack(Step& step, const Instruction& at);
   void update(Step& step, const Instruction& at);
 
   SessionSpec spec_;
+  std::map<std::string, std::string> groups_;  // symbols of the graph: names in c10d's registry
   Account& account_;
   std::unique_ptr<Copies> copies_;
   std::unique_ptr<LoadedGraph> train_;

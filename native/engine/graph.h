@@ -131,12 +131,44 @@ struct StateFormat {
   bool operator==(const StateFormat&) const = default;
 };
 
+// Blocks, micro-batches and rows over ranks. A stage's members run the same blocks and add up their gradients; each
+// `context` of them, neighbours, share the rows of micro-batches that are theirs alone; state is cut over `shards` of them.
+// rank = (stage * replicas + replica) * shards + shard.
+struct Stages {
+  int rank = 0, ranks = 1;
+  std::vector<int> of;  // by block: its stage
+  int shards = 1, replicas = 1, context = 1;
+  int members() const { return shards * replicas; }
+  int stage() const { return rank / members(); }
+  int member() const { return rank % members(); }
+  int shard() const { return rank % shards; }
+  int replica() const { return member() / shards; }
+  // A member of this rank's stage; the member of another stage that runs the same micro-batches as this one.
+  int peer(int member) const { return stage() * members() + member; }
+  int counterpart(int stage) const { return stage * members() + member(); }
+  bool is_mine(size_t block) const { return of[block] == stage(); }
+  bool runs(int micro_batch, int by) const {
+    return micro_batch % (members() / context) == by % members() / context;
+  }
+  bool runs(int micro_batch) const { return runs(micro_batch, rank); }
+  // The ranks that share rows with this one, in the order of their shares.
+  std::vector<int> context_group() const {
+    std::vector<int> group;
+    for (int place = 0; place < context; ++place) group.push_back(rank / context * context + place);
+    return group;
+  }
+  bool operator==(const Stages&) const = default;
+};
+
 // Where the state of every block lives between steps.
 struct Placement {
   int64_t device_bytes = 0, host_bytes = 0, disk_bytes = 0;
-  std::vector<std::optional<Place>> param, state;  // by block
-  // By block: the rank that holds and runs it; empty: this one, all. Blocks of other ranks have no homes here.
-  std::vector<int> stages;
+  std::vector<std::optional<Place>> param, state;  // by block; with shards: of this rank's
+  std::optional<Stages> stages;                    // none: this rank holds and runs all
+  bool is_mine(size_t block) const { return !stages.has_value() || stages->is_mine(block); }
+  bool runs(int micro_batch) const { return !stages.has_value() || stages->runs(micro_batch); }
+  int members() const { return stages.has_value() ? stages->members() : 1; }
+  int shards() const { return stages.has_value() ? stages->shards : 1; }
 };
 
 // Fields by op as in src/plan/types.ts; operands are indices into Tape::places, -1 where there is none.
@@ -147,6 +179,8 @@ struct Instruction {
     kBackward,
     kCast,
     kNorm,
+    kPartial,
+    kReduce,
     kReport,
     kAgree,
     kCoefficient,
@@ -163,7 +197,8 @@ struct Instruction {
   std::vector<int> params, in, out, d_out, d_in;
   std::vector<char> add;
   std::vector<int>
-      sums;  // of a pass: one; of norm, pack and update: by user (update from retained: the retained place)
+      sums;  // of a pass: one; of norm, pack and update: by user (update from retained: the retained place); with shards
+             // of those: what is reduced; of partial: by user; of reduce: its parts
   int from = -1, to = -1;
   int param = -1, state = -1;
   bool retained = false;

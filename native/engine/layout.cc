@@ -15,9 +15,27 @@ int64_t element_count(const std::vector<int64_t>& shape) {
 
 int64_t absmax_bytes(int64_t room) { return round_up(room / kAlignElements * 4, kAlignBytes); }
 
+// What a range of a block's elements has of its tensors.
+std::vector<TensorLayout> pieces(const std::vector<TensorLayout>& whole, const Range& range) {
+  std::vector<TensorLayout> result;
+  for (const TensorLayout& t : whole) {
+    const int64_t from = std::max(range.begin, t.param), to = std::min(range.end, t.param + t.elements);
+    const bool empty_here = t.elements == 0 && range.begin == 0;
+    if (to <= from && !empty_here) continue;
+    TensorLayout piece = t;
+    piece.begin = empty_here ? 0 : from - t.param;
+    piece.elements = empty_here ? 0 : to - from;
+    piece.room = round_up(piece.elements, kAlignElements);
+    piece.param = empty_here ? 0 : from - range.begin;
+    result.push_back(piece);
+  }
+  return result;
+}
+
 }  // namespace
 
-std::vector<BlockLayout> layout_blocks(const Graph& graph, at::ScalarType dtype, const StateFormat& format) {
+std::vector<BlockLayout> layout_blocks(const Graph& graph, at::ScalarType dtype, const StateFormat& format, int shards,
+                                       int shard) {
   const int64_t wide = static_cast<int64_t>(c10::elementSize(wide_of(dtype)));
   const int64_t stored = static_cast<int64_t>(c10::elementSize(format.storage));
   const int64_t computed = static_cast<int64_t>(c10::elementSize(dtype));
@@ -33,18 +51,29 @@ std::vector<BlockLayout> layout_blocks(const Graph& graph, at::ScalarType dtype,
       if (spec.owner == static_cast<int>(b))
         (spec.trainable ? block.trainable : block.frozen).push_back({index, elements, room, 0});
     }
-    int64_t elements = 0, state = 0;
+    int64_t whole = 0, state = 0;
+    for (auto* list : {&block.trainable, &block.frozen}) {
+      for (TensorLayout& t : *list) {
+        t.param = whole;
+        whole += t.room;
+        t.quantized = list == &block.trainable && format.eight_bit && t.elements >= kLeastQuantized;
+        block.owned.push_back(t);
+      }
+      if (list == &block.trainable) block.trained = {0, whole};
+    }
+    block.all = {0, whole};
+    block.each = shards == 1 ? whole : round_up((whole + shards - 1) / shards, kAlignElements);
+    const Range mine = block.shard(block.all, shard);
+    block.trainable = pieces(block.trainable, mine);
+    block.frozen = pieces(block.frozen, mine);
     const auto take = [&state](int64_t bytes) {
       const int64_t offset = state;
       state += bytes;
       return offset;
     };
     for (TensorLayout& t : block.trainable) {
-      t.param = elements;
-      elements += t.room;
       if (format.master != MasterWeight::kNone)
         t.master = take(t.room * (format.master == MasterWeight::kFloat32 ? 4 : 2));
-      t.quantized = format.eight_bit && t.elements >= kLeastQuantized;
       const int64_t moment = t.quantized ? t.room : round_up(t.room * wide, kAlignBytes);
       t.first = take(moment);
       t.second = take(moment);
@@ -53,12 +82,10 @@ std::vector<BlockLayout> layout_blocks(const Graph& graph, at::ScalarType dtype,
         t.absmax2 = take(absmax_bytes(t.room));
       }
     }
-    for (TensorLayout& t : block.frozen) {
-      t.param = elements;
-      elements += t.room;
-    }
-    block.param_bytes = round_up(elements * stored, kPage);
-    block.compute_bytes = format.storage == dtype ? 0 : round_up(elements * computed, kPage);
+    block.param_bytes = round_up(mine.size() * stored, kPage);
+    block.compute_bytes = shards > 1                ? whole * computed
+                          : format.storage == dtype ? 0
+                                                    : round_up(whole * computed, kPage);
     block.state_bytes = round_up(state, kPage);
     block.sums_bytes = round_up(sums * wide, kPage);
   }

@@ -73,7 +73,7 @@ std::vector<at::Tensor> Executor::parameters_at(const Step& step, const Instruct
   for (const int index : train_->parameters[at.block]) {
     const Parameter& p = state_->parameters[index];
     const size_t owner = std::find(owners.begin(), owners.end(), p.spec.owner) - owners.begin();
-    at::Tensor leaf = state_->memory().view(place(step, at.params[owner], "parameters"), p.layout.param * itemsize,
+    at::Tensor leaf = state_->memory().view(place(step, at.params[owner], "parameters"), p.offset * itemsize,
                                             p.spec.shape, spec_.dtype);
     if (p.spec.trainable) leaf.set_requires_grad(true);
     leaves.push_back(std::move(leaf));
@@ -94,6 +94,7 @@ std::vector<at::Tensor> Executor::run_block(const LoadedGraph& loaded, int block
   } catch (const c10::OutOfMemoryError&) {
     throw;  // the walk knows what else is held
   } catch (const c10::Error& error) {
+    if (spec_.ranks && !spec_.ranks->lost().empty()) fail("RANKS", spec_.ranks->lost());
     fail("NATIVE", "[block ", loaded.graph.blocks[block].name, "] ", error.what_without_backtrace());
   }
   std::vector<at::Tensor> outputs;
@@ -136,7 +137,8 @@ std::vector<at::Tensor> Executor::block_inputs(Step& step, const Instruction& at
         int64_t* k = key.mutable_data_ptr<int64_t>();
         k[0] = step.request.seed;
         k[1] = step.request.step;
-        k[2] = at.micro_batch;
+        // Shares of one row draw each for itself.
+        k[2] = at.micro_batch + place_in_context() * step.tape.micro_batches;
         k[3] = at.block;
         inputs.push_back(std::move(key));
         break;

@@ -40,7 +40,8 @@ std::optional<c10::IValue> number_for(const c10::TypePtr& type, double x, bool i
 
 }  // namespace
 
-Program::Slot Program::bind(const c10::Argument& schema, const Argument& argument, const std::string& where) const {
+Program::Slot Program::bind(const c10::Argument& schema, const Argument& argument,
+                            const std::map<std::string, std::string>& groups, const std::string& where) const {
   c10::TypePtr type = schema.real_type();
   const bool optional = type->kind() == c10::TypeKind::OptionalType;
   if (optional) type = type->expectRef<c10::OptionalType>().getElementType();
@@ -93,6 +94,14 @@ Program::Slot Program::bind(const c10::Argument& schema, const Argument& argumen
     }
     case Kind::kString:
       if (type->kind() != c10::TypeKind::StringType) return refuse();
+      if (schema.name() == "group") {
+        const auto found = groups.find(argument.text);
+        if (found == groups.end())
+          fail("GRAPH", "[graph] this session has no group of ranks \"", argument.text, "\"",
+               groups.empty() ? "" : " but \"" + groups.begin()->first + "\"",
+               ": give it options.context of as many ranks, at ", where);
+        return constant(c10::IValue(found->second));
+      }
       return constant(c10::IValue(argument.text));
     case Kind::kDType:
       if (schema.real_type()->str().find("ScalarType") == std::string::npos) return refuse();
@@ -121,7 +130,8 @@ Program::Slot Program::bind(const c10::Argument& schema, const Argument& argumen
   return refuse();
 }
 
-Program::Program(const ProgramSpec& spec, at::Device device) : spec_(spec) {
+Program::Program(const ProgramSpec& spec, at::Device device, const std::map<std::string, std::string>& groups)
+    : spec_(spec) {
   auto& dispatcher = c10::Dispatcher::singleton();
   for (size_t n = 0; n < spec_.nodes.size(); ++n) {
     const NodeSpec& node = spec_.nodes[n];
@@ -151,7 +161,7 @@ Program::Program(const ProgramSpec& spec, at::Device device) : spec_(spec) {
       for (const auto& [key, value] : node.kwargs)
         if (key == arguments[i].name()) given = &value;
       if (given != nullptr) {
-        ready.slots.push_back(bind(arguments[i], *given, where));
+        ready.slots.push_back(bind(arguments[i], *given, groups, where));
         has_tensor = has_tensor || given->kind == Kind::kValue || given->kind == Kind::kValues;
       } else if (arguments[i].name() == "device" && !has_tensor) {
         // A factory makes its tensor where the block runs.

@@ -4,6 +4,8 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include <map>
+
 #include "engine/graph.h"
 
 namespace stroma::engine {
@@ -12,8 +14,9 @@ class Keeper;
 
 class Program {
  public:
+  // groups: the process groups that the graph's symbols stand for, by symbol; every rank's own has another name.
   // Throws GRAPH naming program, node and argument when an operator is unknown or an argument does not fit its schema.
-  Program(const ProgramSpec& spec, at::Device device);
+  Program(const ProgramSpec& spec, at::Device device, const std::map<std::string, std::string>& groups = {});
 
   // values: size spec().values, inputs and parameters filled in; filled with the outputs at return, the rest released.
   // keeper: keeps results of its calls, or has some that need not be computed again; null: neither.
@@ -36,7 +39,8 @@ class Program {
     std::vector<int> outputs;
     std::vector<int> releases;  // values whose last use this is
   };
-  Slot bind(const c10::Argument& schema, const Argument& argument, const std::string& where) const;
+  Slot bind(const c10::Argument& schema, const Argument& argument, const std::map<std::string, std::string>& groups,
+            const std::string& where) const;
 
   ProgramSpec spec_;
   std::vector<Node> nodes_;

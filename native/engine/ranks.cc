@@ -7,19 +7,20 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <map>
 #include <mutex>
 #include <set>
 #include <thread>
 
-#define USE_C10D_GLOO
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
-#include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
 #include "engine/error.h"
+#include "engine/rank_group.h"
 
 namespace stroma::engine {
 namespace {
@@ -127,6 +128,40 @@ struct Watch {
     for (c10d::Work* work : waits) work->abort();
     changed.notify_all();
   }
+
+  // Returns when the transfer with `peer` is done; throws RANKS when a rank is lost.
+  void finish(c10d::Work& work, int peer) {
+    {
+      const std::lock_guard lock(mutex);
+      if (!lost.empty()) engine::fail("RANKS", lost);
+      waits.insert(&work);
+    }
+    bool done = false;
+    std::string why;
+    try {
+      done = work.wait(kForever);
+    } catch (const std::exception& error) {
+      why = error.what();
+    }
+    std::string reason;
+    {
+      const std::lock_guard lock(mutex);
+      waits.erase(&work);
+      reason = lost;
+    }
+    if (!reason.empty()) engine::fail("RANKS", reason);
+    if (!done) lose_peer(peer, why.c_str());
+  }
+  // A broken connection: the peer may have said why before it went.
+  [[noreturn]] void lose_peer(int peer, const char* why) {
+    {
+      std::unique_lock lock(mutex);
+      changed.wait_for(lock, 2 * kBeat, [&] { return !lost.empty(); });
+    }
+    lose("[ranks] " + names.at(peer) + " is gone: " + first_line(why));
+    const std::lock_guard lock(mutex);
+    engine::fail("RANKS", lost);
+  }
 };
 
 // Beats, and listens for the others' beats and last words.
@@ -193,10 +228,10 @@ class Joined final : public Ranks {
   };
 
  public:
-  explicit Joined(const RankSpec& spec) : spec_(spec), watch_(std::make_shared<Watch>()) {
+  explicit Joined(const RankSpec& spec)
+      : spec_(spec), own_(own_address(spec.address, spec.port)), watch_(std::make_shared<Watch>()) {
     const auto deadline = Clock::now() + to_ms(spec.join_seconds);
     store_ = connect_store(spec, spec.serve && spec.rank == 0, to_ms(spec.join_seconds));
-    const std::string own = own_address(spec.address, spec.port);
     store_->set("beat/" + std::to_string(spec.rank), bytes_of("0"));
     store_->set("last/" + std::to_string(spec.rank), bytes_of(""));
     store_->set(here(spec.rank), bytes_of(host_name() + ", process " + std::to_string(getpid())));
@@ -210,16 +245,9 @@ class Joined final : public Ranks {
       watch_->names.push_back("rank " + std::to_string(r) + " (" + text_of(store_->get(here(r))) + ")");
     }
     try {
-      for (int c = 0; c < kChannels; ++c) {
-        auto options = c10d::ProcessGroupGloo::Options::create(to_ms(spec.join_seconds));
-        options->threads = 1;
-        options->devices.push_back(c10d::ProcessGroupGloo::createDeviceForHostname(own));
-        groups_[c] = c10::make_intrusive<c10d::ProcessGroupGloo>(
-            c10::make_intrusive<c10d::PrefixStore>("channel" + std::to_string(c), store_), spec.rank, spec.size,
-            std::move(options));
-      }
+      for (int c = 0; c < kChannels; ++c) channels_[c] = gloo("channel" + std::to_string(c), spec.rank, spec.size);
     } catch (const std::exception& error) {
-      engine::fail("RANKS", "[ranks] rank ", spec.rank, " at ", own,
+      engine::fail("RANKS", "[ranks] rank ", spec.rank, " at ", own_,
                    " could not connect to all others: ", first_line(error.what()),
                    ". Check that the ranks' machines reach each other");
     }
@@ -244,6 +272,34 @@ class Joined final : public Ranks {
   }
 
   const RankSpec& spec() const override { return spec_; }
+
+  std::string group(const std::vector<int>& members) override {
+    const std::lock_guard lock(grouping_);
+    const auto known = made_.find(members);
+    if (known != made_.end()) return known->second->name();
+    std::string list;
+    for (const int member : members) list += (list.empty() ? "" : ",") + std::to_string(member);
+    const auto place = std::find(members.begin(), members.end(), spec_.rank);
+    std::vector<int> sorted = members;
+    std::sort(sorted.begin(), sorted.end());
+    if (place == members.end() || sorted.front() < 0 || sorted.back() >= spec_.size ||
+        std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end())
+      engine::fail("RANKS", "[ranks] expected a group of different ranks from 0 to ", spec_.size - 1,
+                   " that holds rank ", spec_.rank, ", got ", list);
+    if (const std::string why = lost(); !why.empty()) engine::fail("RANKS", why);
+    try {
+      const auto channel =
+          gloo("group/" + list, static_cast<int>(place - members.begin()), static_cast<int>(members.size()));
+      auto made = std::make_unique<RankGroup>(
+          store_, channel, members, [watch = watch_](c10d::Work& work, int rank) { watch->finish(work, rank); },
+          [watch = watch_](int rank, const char* why) { watch->lose_peer(rank, why); });
+      return made_.emplace(members, std::move(made)).first->second->name();
+    } catch (const std::exception& error) {
+      if (const std::string why = lost(); !why.empty()) engine::fail("RANKS", why);
+      engine::fail("RANKS", "[ranks] rank ", spec_.rank, " at ", own_, " could not connect to the group of ranks ",
+                   list, ": ", first_line(error.what()));
+    }
+  }
 
   void send(Channel channel, const at::Tensor& bytes, int peer) override {
     sent_ += bytes.numel();
@@ -313,6 +369,10 @@ class Joined final : public Ranks {
       // Whoever was lost will not read it.
     }
     {
+      const std::lock_guard lock(grouping_);
+      made_.clear();
+    }
+    {
       const std::lock_guard lock(watch_->mutex);
       if (watch_->over) return;
       watch_->over = true;
@@ -340,58 +400,38 @@ class Joined final : public Ranks {
   static std::string here(int rank) { return "here/" + std::to_string(rank); }
   const std::string& name(int peer) const { return watch_->names.at(peer); }
 
+  c10::intrusive_ptr<c10d::ProcessGroupGloo> gloo(const std::string& prefix, int rank, int size) const {
+    auto options = c10d::ProcessGroupGloo::Options::create(to_ms(spec_.join_seconds));
+    options->threads = 1;
+    options->devices.push_back(c10d::ProcessGroupGloo::createDeviceForHostname(own_));
+    return c10::make_intrusive<c10d::ProcessGroupGloo>(c10::make_intrusive<c10d::PrefixStore>(prefix, store_), rank,
+                                                       size, std::move(options));
+  }
+
   Moving post(Channel channel, const at::Tensor& bytes, int peer, bool out, int tag) {
     const int c = static_cast<int>(channel);
     std::vector<at::Tensor> list{bytes};
     try {
       const std::lock_guard lock(posting_[c]);
-      Moving moving{out ? groups_[c]->send(list, peer, tag) : groups_[c]->recv(list, peer, tag), bytes, peer};
+      Moving moving{out ? channels_[c]->send(list, peer, tag) : channels_[c]->recv(list, peer, tag), bytes, peer};
       return moving;
     } catch (const std::exception& error) {
-      lose(peer, error.what());
+      watch_->lose_peer(peer, error.what());
     }
   }
   void move(Channel channel, const at::Tensor& bytes, int peer, bool out, int tag) {
     Moving moving = post(channel, bytes, peer, out, tag);
     finish(moving);
   }
-  void finish(Moving& moving) {
-    {
-      const std::lock_guard lock(watch_->mutex);
-      if (!watch_->lost.empty()) engine::fail("RANKS", watch_->lost);
-      watch_->waits.insert(moving.work.get());
-    }
-    bool done = false;
-    std::string why;
-    try {
-      done = moving.work->wait(kForever);
-    } catch (const std::exception& error) {
-      why = error.what();
-    }
-    std::string lost;
-    {
-      const std::lock_guard lock(watch_->mutex);
-      watch_->waits.erase(moving.work.get());
-      lost = watch_->lost;
-    }
-    if (!lost.empty()) engine::fail("RANKS", lost);
-    if (!done) lose(moving.peer, why.c_str());
-  }
-  // A broken connection: the peer may have said why before it went.
-  [[noreturn]] void lose(int peer, const char* why) {
-    {
-      std::unique_lock lock(watch_->mutex);
-      watch_->changed.wait_for(lock, 2 * kBeat, [&] { return !watch_->lost.empty(); });
-    }
-    watch_->lose("[ranks] " + name(peer) + " is gone: " + first_line(why));
-    const std::lock_guard lock(watch_->mutex);
-    engine::fail("RANKS", watch_->lost);
-  }
+  void finish(Moving& moving) { watch_->finish(*moving.work, moving.peer); }
 
   const RankSpec spec_;
+  const std::string own_;  // address
   std::shared_ptr<Watch> watch_;
   c10::intrusive_ptr<c10d::Store> store_;
-  c10::intrusive_ptr<c10d::ProcessGroupGloo> groups_[kChannels];
+  c10::intrusive_ptr<c10d::ProcessGroupGloo> channels_[kChannels];
+  std::map<std::vector<int>, std::unique_ptr<RankGroup>> made_;  // by members
+  std::mutex grouping_;
   std::mutex posting_[kChannels];
   std::vector<Moving> owed_[kChannels];
   std::atomic<int64_t> sent_{0}, received_{0};

@@ -39,13 +39,18 @@ class Ranks {
   using Gathering = std::function<std::vector<std::string>()>;
   virtual Gathering begin_gather(Channel channel, const std::string& mine) = 0;
   std::vector<std::string> gather(Channel channel, const std::string& mine) { return begin_gather(channel, mine)(); }
+  // Name in c10d's registry, in this process until the ranks leave, of a process group over `members` (ranks of this
+  // run by their place in the group, this one among them), for operators that find their group by name. The first call
+  // of each list is collective over its members; later ones give the same name. What waits in an operator ends as
+  // send() and receive() do.
+  virtual std::string group(const std::vector<int>& members) = 0;
   // Tells the others that this rank is failing; every wait of every rank throws from now on.
   virtual void fail(const std::string& why) = 0;
   // Why every wait throws; empty while all is well.
   virtual std::string lost() const = 0;
   // The last thing a rank does when all went well. Waits for nobody.
   virtual void leave() = 0;
-  // Since joining, without messages of gather().
+  // Since joining, without messages of gather() and groups.
   virtual int64_t sent_bytes() const = 0;
   virtual int64_t received_bytes() const = 0;
 };

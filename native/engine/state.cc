@@ -42,27 +42,35 @@ StateKind state_kind_from_name(const std::string& name) {
 ModelState::ModelState(const Graph& graph, at::ScalarType dtype, const StateFormat& format,
                        std::optional<Placement> placement, at::Device device, Account& account,
                        const std::string& disk_folder, bool among_ranks)
-    : layout(layout_blocks(graph, dtype, format)), dtype_(dtype), device_(device), format_(format) {
+    : dtype_(dtype), device_(device), format_(format) {
+  const Stages stages = placement.has_value() && placement->stages.has_value() ? *placement->stages : Stages{};
+  layout = layout_blocks(graph, dtype, format, stages.shards, stages.shard());
   placement_ = placement.has_value() ? std::move(*placement) : resident_placement(layout);
   if (placement_.param.size() != layout.size() || placement_.state.size() != layout.size())
     fail("TAPE", "[tape] expected homes for ", layout.size(), " blocks, got ", placement_.param.size());
   parameters.resize(graph.parameters.size());
   for (size_t i = 0; i < parameters.size(); ++i) {
     parameters[i].spec = graph.parameters[i];
-    parameters[i].layout.parameter = -1;
+    parameters[i].layout = {-1, 0, 0, 0};
     index_.emplace(parameters[i].spec.name, static_cast<int>(i));
   }
-  if (!placement_.stages.empty() != among_ranks)
+  if (placement_.stages.has_value() != among_ranks)
     fail("TAPE", "[tape] expected a plan for ", among_ranks ? "several ranks" : "one rank", ", got one for ",
          among_ranks ? "one rank" : "several ranks");
   for (size_t b = 0; b < layout.size(); ++b) {
-    const bool foreign = among_ranks && !placement_.param[b].has_value() && !placement_.state[b].has_value();
-    if (!foreign) {
-      check_home(placement_.param[b], layout[b].param_bytes, "parameters", graph.blocks[b].name);
-      check_home(placement_.state[b], layout[b].state_bytes, "optimizer state", graph.blocks[b].name);
+    const bool mine = placement_.is_mine(b);
+    check_home(placement_.param[b], mine ? layout[b].param_bytes : 0, "parameters", graph.blocks[b].name);
+    check_home(placement_.state[b], mine ? layout[b].state_bytes : 0, "optimizer state", graph.blocks[b].name);
+    for (const TensorLayout& t : layout[b].owned) {
+      Parameter& p = parameters[t.parameter];
+      p.layout.parameter = t.parameter;
+      p.offset = t.param;
     }
     for (const auto* list : {&layout[b].trainable, &layout[b].frozen})
-      for (const TensorLayout& t : *list) parameters[t.parameter].layout = t;
+      for (const TensorLayout& t : *list) {
+        parameters[t.parameter].layout = t;
+        parameters[t.parameter].held = mine;
+      }
     for (size_t i = 0; i < layout[b].sums.size(); ++i)
       if (layout[b].sums[i] >= 0)
         parameters[graph.blocks[b].parameters[i]].uses.emplace_back(static_cast<int>(b), static_cast<int>(i));
@@ -123,11 +131,29 @@ at::ScalarType ModelState::dtype_of(StateKind kind) const {
   }
 }
 
+bool ModelState::holds_whole(const Parameter& p) const {
+  return p.held && p.layout.elements == c10::multiply_integers(p.spec.shape);
+}
+
 std::vector<int64_t> ModelState::shape_of(StateKind kind, const Parameter& p) const {
   if (kind == StateKind::kStep) return {};
   if (kind == StateKind::kAbsmax1 || kind == StateKind::kAbsmax2)
     return {(p.layout.elements + kAlignElements - 1) / kAlignElements};
+  if (!holds_whole(p)) return {p.layout.elements};
   return p.spec.shape;
+}
+
+std::vector<int64_t> ModelState::whole_shape_of(StateKind kind, const Parameter& p) const {
+  if (kind == StateKind::kStep) return {};
+  if (kind == StateKind::kAbsmax1 || kind == StateKind::kAbsmax2)
+    return {(c10::multiply_integers(p.spec.shape) + kAlignElements - 1) / kAlignElements};
+  return p.spec.shape;
+}
+
+int64_t ModelState::begin_of(StateKind kind, const Parameter& p) const {
+  if (kind == StateKind::kStep) return 0;
+  const bool scales = kind == StateKind::kAbsmax1 || kind == StateKind::kAbsmax2;
+  return scales ? p.layout.begin / kAlignElements : p.layout.begin;
 }
 
 ModelState::Range ModelState::range(StateKind kind, const Parameter& p) const {
@@ -237,6 +263,7 @@ void ModelState::initialize(int64_t seed) {
         drawn = at::ones(shape, options);
         break;
     }
+    if (!holds_whole(p)) drawn = drawn.view({-1}).narrow(0, p.layout.begin, p.layout.elements);
     assign(StateKind::kParam, p, drawn);
     p.updates = 0;
   }

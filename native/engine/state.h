@@ -29,7 +29,9 @@ StateKind state_kind_from_name(const std::string& name);  // throws INVALID_ARGU
 
 struct Parameter {
   ParameterSpec spec;
-  TensorLayout layout;
+  TensorLayout layout;  // of what is here: all of it, nothing, or with shards a part
+  bool held = false;    // whether something is
+  int64_t offset = 0;   // in elements, in all that its owner owns
   int64_t updates = 0;  // PyTorch's `step` of this parameter
   // One gradient sum per use (tied parameters have several): {block, index among the block's parameters}.
   std::vector<std::pair<int, int>> uses;
@@ -45,12 +47,17 @@ class ModelState {
   std::vector<BlockLayout> layout;  // by block
 
   Parameter& find(const std::string& name);  // throws INVALID_ARGUMENT
-  // False: another rank holds it, and this one no state of it.
-  bool owns(const Parameter& parameter) const { return placement_.param[parameter.spec.owner].has_value(); }
+  // False: other ranks hold it, and this one no state of it.
+  bool owns(const Parameter& parameter) const { return parameter.held; }
+  // False: this rank holds a part of it, all kinds of state of which are flat.
+  bool holds_whole(const Parameter& parameter) const;
   // False where this model has no such kind (moments of a frozen parameter, masters of an fp32 model).
   bool holds(StateKind kind, const Parameter& parameter) const;
   at::ScalarType dtype_of(StateKind kind) const;
   std::vector<int64_t> shape_of(StateKind kind, const Parameter& parameter) const;
+  // Of the whole tensor, and the first element of it that is here.
+  std::vector<int64_t> whole_shape_of(StateKind kind, const Parameter& parameter) const;
+  int64_t begin_of(StateKind kind, const Parameter& parameter) const;
   // Whether tensor() is a view that this process may read and write directly.
   bool in_host_memory(StateKind kind, const Parameter& parameter) const;
   // Whether this machine's free memory holds a copy of all of it (never when some lies on disk).

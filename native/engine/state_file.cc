@@ -97,6 +97,38 @@ at::Tensor Snapshot::tensor(StateKind kind, const std::string& name) const {
   return {};
 }
 
+at::Tensor Snapshot::bytes_of(const FileEntry& entry) const {
+  const at::Tensor tensor = this->tensor(entry.kind, entry.name);
+  if (!tensor.defined())
+    fail("INVALID_ARGUMENT", "[checkpoint] the snapshot holds no ", state_kind_name(entry.kind), " of ", entry.name);
+  at::Tensor bytes = tensor.to(at::kCPU, entry.dtype).contiguous();
+  if (static_cast<int64_t>(bytes.nbytes()) != entry.bytes)
+    fail("INVALID_ARGUMENT", "[checkpoint] entry ", entry.name, " has ", entry.bytes, " bytes, expected ",
+         bytes.nbytes());
+  return bytes;
+}
+
+int64_t Snapshot::write_parts(const std::string& path, const std::string& header,
+                              const std::vector<FileEntry>& entries) const {
+  const at::NoGradGuard no_grad;
+  const File file(path, O_WRONLY | O_CREAT);
+  int64_t written = 0;
+  const auto put = [&](const void* data, int64_t bytes, int64_t offset) {
+    const char* at = static_cast<const char*>(data);
+    written += bytes;
+    while (bytes > 0) {
+      const ssize_t wrote = ::pwrite(file.fd(), at, static_cast<size_t>(std::min<int64_t>(bytes, 1 << 30)), offset);
+      if (wrote < 0 && errno == EINTR) continue;
+      if (wrote <= 0) File::refuse(path, "write");
+      at += wrote, offset += wrote, bytes -= wrote;
+    }
+  };
+  put(header.data(), static_cast<int64_t>(header.size()), 0);
+  for (const FileEntry& entry : entries) put(bytes_of(entry).const_data_ptr(), entry.bytes, entry.offset);
+  if (::fsync(file.fd()) != 0) File::refuse(path, "flush");
+  return written;
+}
+
 Snapshot::Written Snapshot::write(const std::string& path, const std::string& header,
                                   const std::vector<FileEntry>& entries) const {
   const at::NoGradGuard no_grad;
@@ -105,14 +137,10 @@ Snapshot::Written Snapshot::write(const std::string& path, const std::string& he
     Sink sink(file, path);
     sink.write(header.data(), static_cast<int64_t>(header.size()));
     for (const FileEntry& entry : entries) {
-      const at::Tensor tensor = this->tensor(entry.kind, entry.name);
-      if (!tensor.defined())
-        fail("INVALID_ARGUMENT", "[checkpoint] the snapshot holds no ", state_kind_name(entry.kind), " of ",
-             entry.name);
-      const at::Tensor bytes = tensor.to(at::kCPU, entry.dtype).contiguous();
-      if (static_cast<int64_t>(bytes.nbytes()) != entry.bytes || entry.offset < sink.written())
-        fail("INVALID_ARGUMENT", "[checkpoint] entry ", entry.name, " has ", entry.bytes, " bytes at ", entry.offset,
-             ", expected ", bytes.nbytes(), " at ", sink.written(), " or later");
+      const at::Tensor bytes = bytes_of(entry);
+      if (entry.offset < sink.written())
+        fail("INVALID_ARGUMENT", "[checkpoint] entry ", entry.name, " is at ", entry.offset, ", expected ",
+             sink.written(), " or later");
       sink.zeros(entry.offset - sink.written());
       sink.write(bytes.const_data_ptr(), entry.bytes);
     }

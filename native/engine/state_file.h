@@ -27,9 +27,13 @@ class Snapshot {
   // header, then the entries at their offsets (ascending, gaps are zeros), then fsync. On failure the file is removed.
   // Throws DISK_FULL, CHECKPOINT. Any thread when copied, else the session's.
   Written write(const std::string& path, const std::string& header, const std::vector<FileEntry>& entries) const;
+  // The same into a file that several ranks write at once, each its own ranges and one the header; returns its bytes. Who
+  // has all that was written hashes it.
+  int64_t write_parts(const std::string& path, const std::string& header, const std::vector<FileEntry>& entries) const;
 
  private:
   at::Tensor tensor(StateKind kind, const std::string& name) const;
+  at::Tensor bytes_of(const FileEntry& entry) const;
   const ModelState& state_;  // looked at only when not copied
   bool copied_;
   std::unordered_map<std::string, at::Tensor> tensors_;  // "kind name"

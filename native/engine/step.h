@@ -18,7 +18,8 @@ struct Executor::Step {
   std::vector<int64_t> counts;             // by loss term, over all micro-batches
   std::vector<std::vector<int64_t>> micro_counts;
   std::vector<std::vector<std::optional<double>>> losses;  // by loss term, micro-batch
-  std::vector<at::Tensor> norms;                           // by parameter; undefined where untouched
+  // By parameter; undefined where untouched: of what this rank holds, and once the ranks have exchanged them of all.
+  std::vector<at::Tensor> own_norms, norms;
   Pending next;                                            // what this step will leave
   double coefficient = 1;
   Ranks::Gathering reported;  // what this rank has told the others, and waits to hear of them

@@ -40,20 +40,73 @@ int64_t scales(int64_t elements) { return (elements + kAlignElements - 1) / kAli
 
 }  // namespace
 
+// With shards, of this rank's: `to` is then its part of the computing copy.
 void Executor::cast(Step& step, const Instruction& at) {
   const at::NoGradGuard no_grad;
-  const BlockLayout& block = state_->layout[at.block];
-  const int64_t elements = block.compute_bytes / static_cast<int64_t>(c10::elementSize(spec_.dtype));
-  const int64_t stored = block.param_bytes / static_cast<int64_t>(c10::elementSize(state_->format().storage));
-  const int64_t n = std::min(elements, stored);
+  const Place &from = place(step, at.from, "parameters"), &to = place(step, at.to, "the computing copy");
+  const int64_t n = std::min(to.bytes / static_cast<int64_t>(c10::elementSize(spec_.dtype)),
+                             from.bytes / static_cast<int64_t>(c10::elementSize(state_->format().storage)));
   const Memory& memory = state_->memory();
-  memory.view(place(step, at.to, "the computing copy"), 0, {n}, spec_.dtype)
-      .copy_(memory.view(place(step, at.from, "parameters"), 0, {n}, state_->format().storage));
+  memory.view(to, 0, {n}, spec_.dtype).copy_(memory.view(from, 0, {n}, state_->format().storage));
+}
+
+// Whether a micro-batch of this rank reached the parameter. Which ones are reached is the graph's doing, so it is the
+// same on all members of a stage.
+bool Executor::reached(const Step& step, const Parameter& p) const {
+  return std::any_of(p.uses.begin(), p.uses.end(), [&](const auto& use) { return step.touched[use.first][use.second]; });
+}
+
+// The gradient of this rank's micro-batches, as wide as it travels. In place where sums have its layout.
+void Executor::partial(Step& step, const Instruction& at) {
+  const at::NoGradGuard no_grad;
+  const Place& to = place(step, at.to, "the partial gradient");
+  const at::ScalarType dtype = dtype_of(at.dtype);
+  for (const TensorLayout& t : state_->layout[at.block].owned) {
+    const Parameter& p = state_->parameters[t.parameter];
+    if (!p.spec.trainable) continue;
+    const at::Tensor total = user_sums(step, at, p, /*form=*/true);
+    const at::Tensor value =
+        state_->memory().view(to, t.param * static_cast<int64_t>(c10::elementSize(dtype)), p.spec.shape, dtype);
+    if (!total.defined())
+      value.zero_();
+    else if (total.const_data_ptr() != value.const_data_ptr())
+      value.copy_(total);
+  }
+}
+
+// In the order of the members, whatever arrived first.
+void Executor::reduce(Step& step, const Instruction& at) {
+  const at::NoGradGuard no_grad;
+  const Place& to = place(step, at.to, "the reduced gradient");
+  const int64_t n = to.bytes / static_cast<int64_t>(c10::elementSize(state_->wide()));
+  const at::Tensor total = state_->memory().view(to, 0, {n}, state_->wide());
+  for (size_t k = 0; k < at.sums.size(); ++k) {
+    const Place& from = place(step, at.sums[k], "a part of the gradient");
+    const at::ScalarType dtype = dtype_of(at.dtype);
+    if (from.bytes != n * static_cast<int64_t>(c10::elementSize(dtype)))
+      fail("TAPE", "[tape] a part of the gradient of ", train_->graph.blocks[at.block].name, " has another size");
+    const at::Tensor part = state_->memory().view(from, 0, {n}, dtype);
+    if (k == 0)
+      total.copy_(part);
+    else
+      total.add_(part);
+  }
 }
 
 // The sum of a parameter's gradients once `norm` has formed it: it lies in the first use that was touched. sums holds
 // places by user, in the order of the blocks. Undefined where no micro-batch reached the parameter.
 at::Tensor Executor::summed(const Step& step, const Instruction& at, const Parameter& p, bool form) const {
+  if (state_->placement().members() == 1) return user_sums(step, at, p, form);
+  if (!reached(step, p)) return {};
+  const BlockLayout& block = state_->layout[p.spec.owner];
+  const Range mine = block.shard(block.trained, state_->placement().stages->shard());
+  const int64_t offset = p.offset + p.layout.begin - mine.begin;
+  return state_->memory().view(place(step, at.sums.at(0), "the reduced gradient"),
+                               offset * static_cast<int64_t>(c10::elementSize(state_->wide())), {p.layout.elements},
+                               state_->wide());
+}
+
+at::Tensor Executor::user_sums(const Step& step, const Instruction& at, const Parameter& p, bool form) const {
   std::vector<int> users;
   for (const Parameter& other : state_->parameters)
     if (other.spec.owner == p.spec.owner && other.spec.trainable)
@@ -86,9 +139,11 @@ void Executor::norm(Step& step, const Instruction& at) {
   const at::NoGradGuard no_grad;
   for (const TensorLayout& t : state_->layout[at.block].trainable) {
     const at::Tensor total = summed(step, at, state_->parameters[t.parameter], /*form=*/true);
-    if (total.defined()) step.norms[t.parameter] = at::linalg_vector_norm(total, 2);
+    if (total.defined()) step.norms[t.parameter] = step.own_norms[t.parameter] = at::linalg_vector_norm(total, 2);
   }
-  if (step.tape.update != UpdateOrder::kEnd) return;
+  const Placement& placement = state_->placement();
+  if (placement.shards() > 1 && step.tape.update == UpdateOrder::kBackward) share_norms(step, at.block);
+  if (step.tape.update != UpdateOrder::kEnd || placement.members() > 1) return;
   std::vector<int> seen;
   for (const TensorLayout& t : state_->layout[at.block].trainable)
     for (const auto& [block, use] : state_->parameters[t.parameter].uses)
@@ -134,7 +189,7 @@ void Executor::coefficient(Step& step) {
 // Of a block's own norm; 1 where nothing is clipped by block, NaN where the norm is not finite.
 double Executor::block_coefficient(const Step& step, int block) const {
   std::vector<at::Tensor> norms;
-  for (const TensorLayout& t : state_->layout[block].trainable)
+  for (const TensorLayout& t : state_->layout[block].owned)
     if (step.norms[t.parameter].defined()) norms.push_back(step.norms[t.parameter]);
   if (norms.empty()) return 1;
   const at::Tensor total = at::linalg_vector_norm(at::stack(norms), 2);
@@ -156,7 +211,7 @@ void Executor::pack(Step& step, const Instruction& at) {
     const at::Tensor total = summed(step, at, p, /*form=*/false);
     step.next.touched[t.parameter] = total.defined();
     if (!total.defined()) continue;
-    at::Tensor value = state_->memory().view(target, to.value[i], p.spec.shape, dtype_of(at.dtype));
+    at::Tensor value = state_->memory().view(target, to.value[i], total.sizes(), dtype_of(at.dtype));
     if (at.dtype != RetainedDType::kDynamic8) {
       value.copy_(total);
       continue;
@@ -231,7 +286,7 @@ void Executor::update(Step& step, const Instruction& at) {
       absmax2 = memory.view(state, t.absmax2, {scales(t.elements)}, at::kFloat);
     }
     const AdamW& o = spec_.optimizer;
-    const int64_t key[3] = {seed, p.updates, t.parameter};
+    const int64_t key[4] = {seed, p.updates, t.parameter, t.begin};
     adamw.call(value, master, gradient, first, second, absmax1, absmax2, learning_rate, o.beta1, o.beta2, o.epsilon,
                p.spec.decay ? o.weight_decay : 0.0, p.updates, coefficient, key);
   }

@@ -135,7 +135,8 @@ async function match(
       problems.push(
         `${name}: expected ${e.dtype} [${e.shape.join(", ")}], got ${found.dtype} [${found.shape.join(", ")}]`,
       );
-    else found.read.push({ kind: e.kind, name: e.name, dtype: found.dtype, offset: found.offset, bytes: found.bytes });
+    else
+      found.read.push({ kind: e.kind, name: e.name, dtype: e.dtype, offset: found.offset + e.begin, bytes: e.bytes });
   }
   if (!part) for (const name of held.keys()) if (!names.has(name)) problems.push(`unexpected ${name}`);
   if (problems.length > 0)

@@ -8,7 +8,8 @@ import { StromaError } from "../errors.js";
 import { graphHash } from "../graph/hash.js";
 import type { Graph } from "../graph/types.js";
 import type { FileEntry, NativeSnapshot, StateEntry } from "../train/native-session.js";
-import { diskFull, replaceFile, syncFolder, writeNewFile } from "./files.js";
+import { dealTensors, isParted } from "./deal.js";
+import { diskFull, replaceFile, sha256File, syncFolder, writeNewFile } from "./files.js";
 import { CHECKPOINT_FORMAT, CHECKPOINT_VERSION, type CheckpointState, encodeState, FILES } from "./format.js";
 import { optimizerName } from "./read.js";
 import { layoutSafetensors } from "./safetensors.js";
@@ -29,12 +30,17 @@ export interface CheckpointContents {
   facts: Omit<CheckpointState, "format" | "version" | "sequence" | "files" | "graphHash">;
 }
 
-/** Where several ranks write one checkpoint: each its own tensors, rank 0 all else and, when all have, the name. */
+/**
+ * Where several ranks write one checkpoint: each what it holds of the tensors, rank 0 all else and, when all have, the
+ * name.
+ */
 export interface WriteAmong {
   rank: number;
   size: number;
   /** Rank 0's `store.temporary()`, the same on every rank: on a file system that all see. */
   folder: string;
+  /** By rank: what it holds of the state. */
+  all: readonly (readonly StateEntry[])[];
   /** Why the others will not come any more; null: they will. */
   lost(): string | null;
 }
@@ -57,8 +63,10 @@ export async function writeCheckpoint(
     folder ??= await store.temporary();
     const files: CheckpointState["files"] = {};
     const held: Record<string, string[]> = {};
-    const mine = (whole: string) => (among === null ? whole : shardName(whole, among.rank, among.size));
-    const tensors = async (file: string, some: StateEntry[], nameOf: (e: StateEntry) => string, metadata = {}) => {
+    const fileOf = (whole: string, rank: number) => (among === null ? whole : shardName(whole, rank, among.size));
+    const tensors = async (whole: string, wanted: Wanted, nameOf: (e: StateEntry) => string, metadata = {}) => {
+      const file = fileOf(whole, among?.rank ?? 0);
+      const some = entries.filter(wanted);
       const byName = new Map(some.map((e) => [nameOf(e), e]));
       const specs = some.map((e) => ({ name: nameOf(e), dtype: e.dtype, shape: e.shape }));
       const { header, entries: places } = layoutSafetensors(specs, metadata);
@@ -73,14 +81,39 @@ export async function writeCheckpoint(
       files[file] = await writeNewFile(join(folder!, file), Buffer.from(`${JSON.stringify(value, null, indent)}\n`));
     };
     const isParameter = (e: StateEntry): boolean => e.kind === "param";
+    // Parts of tensors go where those are whole; each rank hashes the file that it owns, once all have written.
+    const hashes: (() => Promise<void>)[] = [];
+    const parts = async (whole: string, wanted: Wanted, nameOf: (e: StateEntry) => string, metadata = {}) => {
+      const all = among!.all.map((list) => list.filter(wanted));
+      for (const { owner, header, bytes, names, ranges } of dealTensors(all, among!.rank, nameOf, metadata)) {
+        const file = fileOf(whole, owner);
+        const path = join(folder!, file);
+        const own = owner === among!.rank;
+        const entries = ranges.map(({ entry: { kind, name, dtype, bytes }, offset }) => {
+          return { kind, name, dtype, offset, bytes };
+        });
+        if (own || ranges.length > 0) await snapshot.writeParts(path, own ? header : new Uint8Array(0), entries);
+        if (!own) continue;
+        held[file] = names;
+        hashes.push(async () => {
+          files[file] = { bytes, sha256: await sha256File(path) };
+        });
+      }
+    };
+    const write = among !== null && isParted(among.all) ? parts : tensors;
     // transformers refuses a file whose metadata does not name the framework.
-    await tensors(mine(FILES.model), entries.filter(isParameter), (e) => e.name, { format: "pt" });
-    await tensors(
-      mine(FILES.optimizer),
-      entries.filter((e) => !isParameter(e)),
+    await write(FILES.model, isParameter, (e) => e.name, { format: "pt" });
+    await write(
+      FILES.optimizer,
+      (e) => !isParameter(e),
       (e) => optimizerName(e.kind, e.name),
     );
     snapshot.dispose();
+    if (among !== null && hashes.length > 0) {
+      await writeNewFile(join(folder, `written-${among.rank}`), new Uint8Array(0));
+      for (let rank = 0; rank < among.size; rank++) await waitFor(join(folder, `written-${rank}`), among);
+      for (const hash of hashes) await hash();
+    }
     const size = () => Object.values(files).reduce((sum, f) => sum + f.bytes, 0);
     if (among !== null && among.rank > 0) {
       await replaceFile(join(folder, partName(among.rank)), JSON.stringify({ files, held }));
@@ -93,6 +126,7 @@ export async function writeCheckpoint(
         Object.assign(files, part.files);
         Object.assign(held, part.held);
       }
+      for (let rank = 0; rank < among.size; rank++) await rm(join(folder, `written-${rank}`), { force: true });
       const shards = Object.entries(held).filter(([file]) => file.startsWith("model"));
       const weight_map = Object.fromEntries(shards.flatMap(([file, names]) => names.map((name) => [name, file])));
       const total_size = shards.reduce((sum, [file]) => sum + files[file]!.bytes, 0);
@@ -134,6 +168,8 @@ const shardName = (whole: string, rank: number, size: number): string => {
 
 const partName = (rank: number): string => `rank-${rank}.json`;
 
+type Wanted = (e: StateEntry) => boolean;
+
 interface Part {
   files: CheckpointState["files"];
   /** Names of tensors, by file. */
@@ -143,15 +179,19 @@ interface Part {
 /** What a rank has written, once it has; the note itself goes. */
 async function takePart(folder: string, rank: number, among: WriteAmong): Promise<Part> {
   const file = join(folder, partName(rank));
+  const text = await waitFor(file, among);
+  await rm(file);
+  return JSON.parse(text) as Part;
+}
+
+/** What a file holds, once another rank has put it there. */
+async function waitFor(file: string, among: WriteAmong): Promise<string> {
   for (;;) {
     const text = await readFile(file, "utf8").catch((error: NodeJS.ErrnoException) => {
       if (error.code === "ENOENT") return null;
       throw error;
     });
-    if (text !== null) {
-      await rm(file);
-      return JSON.parse(text) as Part;
-    }
+    if (text !== null) return text;
     const lost = among.lost();
     if (lost !== null) throw new StromaError("RANKS", lost);
     await new Promise((done) => setTimeout(done, 20));

@@ -80,6 +80,7 @@ const FLAG_SHAPED: Record<string, true> = {
   deviceMemory: true,
   hostMemory: true,
   diskFolder: true,
+  reduceDtype: true,
 };
 
 export interface ErrorOutputs {

@@ -7,6 +7,7 @@ import { formatInteger } from "./ui/format.js";
 const STAGES = {
   alternating: "neighbouring blocks are on different cards, so that all work at once",
   contiguous: "each card has a stretch of neighbouring blocks, so that the fewest boundaries cross",
+  interleaved: "each card has two stretches of neighbouring blocks, so that it waits half as long for the others",
 } as const;
 
 export function ranksText(name: string, plan: RanksPlan, request: RanksRequest, notes: readonly string[]): string {
@@ -18,7 +19,9 @@ export function ranksText(name: string, plan: RanksPlan, request: RanksRequest, 
   const blocks = ({ blocks: b }: RankReport) => `${b.length} blocks`;
   const lines = [
     ...heading(name, plan, request),
-    `${report.devices} cards, ${report.stages} stages: ${STAGES[report.stages]}`,
+    report.shards === report.devices
+      ? `${report.devices} cards, sharded: each runs all blocks on its part of the batch and holds a part of every block's state`
+      : `${report.devices} cards, ${report.stages} stages: ${STAGES[report.stages]}${report.shards > 1 ? `; ${report.shards} cards share the state of a block` : ""}`,
     "",
     ...placementRows([
       ...report.perRank.map((r) => ({

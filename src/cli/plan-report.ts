@@ -221,14 +221,19 @@ function what(graph: Graph, tape: Tape, i: Instruction): string {
       return `cast ${block(i.block)}  ${at(i.from)} -> ${at(i.to)}`;
     case "norm":
       return `norm ${block(i.block)}  ${list(i.sums)}`;
+    case "partial":
+      return `partial gradient of ${block(i.block)} as ${i.dtype}  ${list(i.sums)} -> ${at(i.to)}`;
+    case "reduce":
+      return `reduce ${block(i.block)}  ${list(i.parts)} -> ${at(i.to)}`;
     case "report":
     case "agree":
     case "coefficient":
       return i.op;
     case "send":
     case "receive": {
-      const { kind, block: b, microBatch } = i.operand;
-      return `${kind} of ${block(b)} #${microBatch}  ${at(i.place)} ${i.op === "send" ? "to" : "from"} rank ${i.peer}  ${gigabytes(i.bytes)}`;
+      const { kind, block: b } = i.operand;
+      const which = "shard" in i.operand ? `shard ${i.operand.shard}` : `#${i.operand.microBatch}`;
+      return `${kind} of ${block(b)} ${which}  ${at(i.place)} ${i.op === "send" ? "to" : "from"} rank ${i.peer}  ${gigabytes(i.bytes)}`;
     }
     case "pack":
       return `pack ${block(i.block)} as ${i.dtype}  ${list(i.sums)} -> ${at(i.to)}`;

@@ -19,6 +19,7 @@ export interface PlanArguments {
   model: string;
   devices: number;
   stages?: StageRule;
+  shards?: number;
   "device-memory"?: string;
   "host-memory"?: string;
   disk: string;
@@ -52,6 +53,10 @@ export const planCommand: CommandModule<object, PlanArguments> = {
         stages: {
           choices: STAGE_RULES,
           describe: "Only plans with it: which blocks are on which of several cards. Default: the faster",
+        },
+        shards: {
+          type: "number",
+          describe: "Only plans in which so many cards share the state of a block. Default: the faster of 1 and all",
         },
         "device-memory": {
           type: "string",
@@ -120,9 +125,10 @@ export function plan(args: PlanArguments, machine: ProbeReport | null = probeMac
         "CONFIG",
         `[plan] expected --${name} to be a whole number of at least 1, got ${args[name]}`,
       );
-  const { devices, stages, rank } = args;
-  if (devices === 1 && (stages !== undefined || rank !== undefined))
-    throw new StromaError("CONFIG", `[plan] --${stages === undefined ? "rank" : "stages"} is for --devices 2 or more`);
+  const { devices, stages, shards, rank } = args;
+  const lone = (["stages", "shards", "rank"] as const).find((name) => args[name] !== undefined);
+  if (devices === 1 && lone !== undefined)
+    throw new StromaError("CONFIG", `[plan] --${lone} is for --devices 2 or more`);
   if (rank !== undefined && (!Number.isSafeInteger(rank) || rank < 0 || rank >= devices))
     throw new StromaError("CONFIG", `[plan] expected --rank to be one of 0 to ${devices - 1}, got ${rank}`);
   const notes: string[] = [];
@@ -142,7 +148,7 @@ export function plan(args: PlanArguments, machine: ProbeReport | null = probeMac
     budget: budgetFor(args, profile, machine),
   };
   if (devices > 1) {
-    const spread = { ...request, devices, stages };
+    const spread = { ...request, devices, stages, shards };
     const result = planRanksAuto(graph, spread);
     if (args.json) return `${JSON.stringify(result.report)}\n`;
     if (profile.device === "cpu") notes.push("speed is that of ranks which have as many cores each");

@@ -3,6 +3,7 @@
  * oracle of the compiled graph. libtorch is loaded here, lazily, and nowhere else in src/graph.
  */
 import { StromaError } from "../errors.js";
+import type { Context } from "./context.js";
 import type { BlockScope, LossOptions, ModelDefinition, ModelScope, ParameterOptions } from "./model.js";
 import { type OpArguments, type OpName, type OpSchema, schemas, splitArgument } from "./schemas.js";
 import type { Dim, DType, Mode } from "./types.js";
@@ -25,6 +26,8 @@ export interface EagerOptions<T extends EagerTensor> {
   batch: Readonly<Record<string, T>>;
   mode?: Mode;
   dtype?: DType;
+  /** With the name of a group in c10d's registry: the batch is then this rank's share. */
+  context?: Context | null;
   /** int64 [4] of (seed, step, micro-batch, block) for the n-th block; needed only where the model draws. */
   rngKey?: (block: number) => T;
   /** Default: the addon's dispatcher. */
@@ -76,6 +79,7 @@ class Runner<T extends EagerTensor> implements ModelScope, Backend {
   readonly outputs: Record<string, T> = {};
   readonly mode: Mode;
   readonly dtype: DType;
+  readonly context: Context | null;
   private blocks = 0;
   private inBlock: string | null = null;
 
@@ -86,6 +90,7 @@ class Runner<T extends EagerTensor> implements ModelScope, Backend {
   ) {
     this.mode = options.mode ?? "train";
     this.dtype = options.dtype ?? "float32";
+    this.context = options.context ?? null;
   }
 
   input(name: string, dtype: DType, shape: Dim[]): Value {
@@ -131,6 +136,7 @@ class Runner<T extends EagerTensor> implements ModelScope, Backend {
     return {
       mode: this.mode,
       dtype: this.dtype,
+      context: this.context,
       path,
       backend: this,
       sub: (name) => this.scope(`${path}.${name}`, index, block, site),

@@ -1,3 +1,4 @@
+export { type Context, type ContextKind, type ContextOptions, contextOf } from "./context.js";
 export { type BlockCost, type GraphCost, graphCost, type ProgramCost, programCost } from "./costs.js";
 export { type EagerOptions, type EagerResult, runEager } from "./eager.js";
 export { graphHash } from "./hash.js";

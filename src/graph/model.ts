@@ -2,6 +2,7 @@
  * How a model is written: a function over a ModelScope that declares inputs and blocks. The same function is traced into
  * a Graph (trace.ts) or run on Tensors (eager.ts); both implement the scopes below.
  */
+import type { Context } from "./context.js";
 import type { Dim, DType, Init, Mode } from "./types.js";
 import type { Backend, Value } from "./value.js";
 
@@ -27,6 +28,8 @@ export interface BlockScope {
   readonly mode: Mode;
   /** dtype that parameters and activations compute in. */
   readonly dtype: DType;
+  /** Where rows are shared out to ranks: dim "T" is then this rank's share. Null: rows are whole. */
+  readonly context: Context | null;
   readonly path: string;
   readonly backend: Backend;
   /** A scope one name deeper. */
@@ -52,6 +55,8 @@ export interface BlockScope {
 export interface ModelScope {
   readonly mode: Mode;
   readonly dtype: DType;
+  /** Where rows are shared out to ranks: dim "T" is then this rank's share. Null: rows are whole. */
+  readonly context: Context | null;
   /** A tensor of the batch. Names among its dims ("B", "T") are bound when a batch comes. */
   input(name: string, dtype: DType, shape: Dim[]): Value;
   /**

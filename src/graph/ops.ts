@@ -3,6 +3,7 @@
  * Names and order of arguments follow PyTorch; a number as second operand takes the Scalar overload.
  */
 import { StromaError } from "../errors.js";
+import { CONTEXT_OPS, type Context } from "./context.js";
 import type { OpArguments, OpName } from "./schemas.js";
 import type { Dim, DType } from "./types.js";
 import type { Value } from "./value.js";
@@ -155,4 +156,27 @@ export interface AttentionOptions {
 export function scaledDotProductAttention(q: Value, k: Value, v: Value, options: AttentionOptions = {}): Value {
   const { mask = null, causal = false, scale = null, grouped = false } = options;
   return apply("scaledDotProductAttention", q, k, v, mask, 0, causal, scale, grouped);
+}
+
+export interface SequenceAttentionOptions {
+  /** int64 [B, t]: a token attends only to tokens of the same id in its row. */
+  documents?: Value | null;
+  causal?: boolean;
+  /** Default 1 / sqrt(head dim). */
+  scale?: number | null;
+}
+
+/**
+ * Attention of this rank's t tokens over all R t of the group: q [B, N, t, H], k and v [B, K, t, H] -> [B, N, t, H].
+ * Causal: every rank holds its two chunks of the zigzag, in order (native/kernels/ring_attention.h).
+ */
+export function sequenceAttention(
+  context: Context,
+  q: Value,
+  k: Value,
+  v: Value,
+  options: SequenceAttentionOptions = {},
+): Value {
+  const { documents = null, causal = false, scale = null } = options;
+  return apply(CONTEXT_OPS[context.kind], q, k, v, documents, causal, scale, context.group);
 }

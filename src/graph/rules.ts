@@ -2,6 +2,8 @@
  * One rule for each op that a graph may hold: the shape and dtype it returns, the floating-point operations it takes
  * and what autograd holds of it until backward. A missing rule is a type error.
  */
+
+import { ranksOfGroup } from "./context.js";
 import { dimAdd, dimDivideExactly, dimEqual, dimFloorDiv, dimMul, dimSub, shapeEqual, showShape } from "./dims.js";
 import type { OpArguments, OpName } from "./schemas.js";
 import type { Dim, DType } from "./types.js";
@@ -446,6 +448,56 @@ const views = {
   },
 } satisfies Partial<Rules>;
 
+// ---- attention over ranks: [B, heads, t, head dim], t tokens of R t
+
+const logsumexp = (q: TensorMeta): Saved => ({
+  own: { dtype: q.dtype === "float64" ? "float64" : "float32", shape: q.shape.slice(0, 3) },
+});
+
+const ranksOf = (group: string): number =>
+  ranksOfGroup(group) ?? fail(`expected a group of ranks "context:R", got "${group}"`);
+
+/** How often each key/value head stands, so that R divides them. */
+function copiesOfHeads(heads: Dim, ranks: number): number {
+  if (typeof heads !== "number") return 1;
+  let copies = 1;
+  while ((heads * copies) % ranks !== 0) copies++;
+  return copies;
+}
+
+type OverRanks = OpArguments<TensorMeta>["ringAttention"];
+
+function overRanks(
+  check: (q: TensorMeta, ranks: number) => void,
+  saved: (args: OverRanks, out: TensorMeta) => Saved[],
+): OpRule<OverRanks> {
+  return {
+    infer: ([q, k, v, documents, , , group]) => {
+      sameDType(q, k, "query and key");
+      sameDType(q, v, "query and value");
+      needFloating(q);
+      for (const t of [q, k, v]) if (t.shape.length !== 4) fail(`expected [B, heads, t, head dim], got ${describe(t)}`);
+      const [qs, ks, vs] = [q.shape, k.shape, v.shape];
+      if (!shapeEqual([qs[0]!, ...qs.slice(2)], [ks[0]!, ...ks.slice(2)]))
+        fail(`expected keys of the query's own tokens, got ${describe(q)} and ${describe(k)}`);
+      if (!shapeEqual(ks.slice(0, 3), vs.slice(0, 3))) fail(`key ${describe(k)} and value ${describe(v)} do not match`);
+      if (dimDivideExactly(qs[1]!, ks[1]!) === null)
+        fail(`expected query heads to be a multiple of the key heads, got ${describe(q)} and ${describe(k)}`);
+      if (documents !== null && (documents.dtype !== "int64" || !shapeEqual(documents.shape, [qs[0]!, qs[2]!])))
+        fail(`expected document ids int64 ${showShape([qs[0]!, qs[2]!])}, got ${describe(documents)}`);
+      check(q, ranksOf(group));
+      return meta(q.dtype, [...qs.slice(0, 3), vs[3]!], q, k, v);
+    },
+    // The rank's own queries against the keys of all; causal, half of the pairs on every rank (the zigzag).
+    flops: ([q, k, v, , causal, , group]) => {
+      const pairs = dimMul(...q.shape.slice(0, 3), k.shape[2]!, ranksOf(group));
+      const all = dimMul(2, pairs, dimAdd(q.shape[3]!, v.shape[3]!));
+      return causal ? (dimDivideExactly(all, 2) ?? all) : all;
+    },
+    saved: (args, out) => (out.grad ? saved(args, out) : []),
+  };
+}
+
 const products = {
   matmul: {
     infer: ([a, b]) => {
@@ -558,6 +610,27 @@ const products = {
             .map((t) => ({ own: { dtype: t.dtype, shape: t.shape } }))
         : [],
   },
+  // Nothing but what autograd holds anyhow; the blocks of other ranks come by again in the backward.
+  ringAttention: overRanks(
+    () => {},
+    ([q, k, v, documents], out) => [q, k, v, out, ...(documents === null ? [] : [documents]), logsumexp(q)],
+  ),
+  allToAllAttention: overRanks(
+    (q, ranks) => {
+      if (dimDivideExactly(q.shape[1]!, ranks) === null)
+        fail(`expected query heads to be a multiple of the ${ranks} ranks, got ${describe(q)}: use "ring"`);
+    },
+    // Whole rows of N / R heads: as many elements as q has; keys and values as often as R does not divide their heads.
+    ([q, k, v, documents, , , group], out) => {
+      const ranks = ranksOf(group);
+      const own = (t: TensorMeta, copies = 1): Saved => ({ own: { dtype: q.dtype, shape: [copies, ...t.shape] } });
+      const copies = copiesOfHeads(k.shape[1]!, ranks);
+      const T = dimMul(ranks, q.shape[2]!);
+      // As attention saves it: additive.
+      const mask: Saved = { own: { dtype: q.dtype, shape: [q.shape[0]!, T, T] } };
+      return [own(q), own(k, copies), own(v, copies), own(out), ...(documents === null ? [] : [mask]), logsumexp(q)];
+    },
+  ),
   dropout: {
     infer: ([x, p, key, site]) => {
       needFloating(x);

@@ -53,6 +53,20 @@ const withScalar = <const S extends string>(overload: S) =>
 const reduction = <const S extends string>(overload: S) =>
   ({ overload, args: ["tensor self", "ints dim", "bool keepdim"], kwargs: ["dtype? dtype"] }) as const;
 
+const overRanks = <const S extends string>(overload: S) =>
+  ({
+    overload,
+    args: [
+      "tensor q",
+      "tensor k",
+      "tensor v",
+      "tensor? document_ids",
+      "bool is_causal",
+      "float? scale",
+      "string group",
+    ],
+  }) as const;
+
 export const schemas = {
   // Elementwise
   neg: unary("aten::neg"),
@@ -168,6 +182,9 @@ export const schemas = {
     ],
   },
   dropout: { overload: "stroma::dropout", args: ["tensor x", "float p", "tensor key", "int site"] },
+  // Attention over rows that a group of ranks holds in parts (native/kernels/ring_attention.h)
+  ringAttention: overRanks("stroma::ring_attention"),
+  allToAllAttention: overRanks("stroma::all_to_all_attention"),
 } as const satisfies Record<string, OpSchema>;
 
 export type OpName = keyof typeof schemas;

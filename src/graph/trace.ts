@@ -3,7 +3,8 @@
  * recorded, and an error names model, block, op and dims. Nothing of libtorch is loaded.
  */
 import { StromaError } from "../errors.js";
-import { canonical, shapeEqual, showShape } from "./dims.js";
+import { type Context, type ContextOptions, checkContext, SEQUENCE_DIM } from "./context.js";
+import { canonical, dimNames, shapeEqual, showShape } from "./dims.js";
 import { encodeCall } from "./encode.js";
 import type { BlockScope, LossOptions, ModelDefinition, ModelScope, ParameterOptions } from "./model.js";
 import { RuleError, rules } from "./rules.js";
@@ -33,11 +34,21 @@ export interface TraceOptions {
    * dtype of parameters and activations: what the session computes in. A graph is traced for one. Default float32.
    */
   dtype?: DType;
+  /** Shares the tokens of every row out to the ranks of a group. Default: rows are whole, as with one rank. */
+  context?: ContextOptions | null;
 }
 
-/** Runs `definition` over `config` (plain JSON, stored in the graph). Throws SHAPE or GRAPH. */
+/** Runs `definition` over `config` (plain JSON, stored in the graph). Throws SHAPE or GRAPH, and CONFIG for a context in generate. */
 export function traceModel<C>(definition: ModelDefinition<C>, config: C, options: TraceOptions = {}): Graph {
-  const tracer = new Tracer(definition.name, options.mode ?? "train", options.dtype ?? "float32");
+  const { mode = "train", dtype = "float32" } = options;
+  const context = checkContext(options.context);
+  if (context !== null && mode === "generate") {
+    throw new StromaError(
+      "CONFIG",
+      `[${definition.name}] a row that is being generated is not shared out to ranks: trace generate without context`,
+    );
+  }
+  const tracer = new Tracer(definition.name, mode, dtype, context);
   definition.build(tracer, config);
   const graph = tracer.finish(config);
   validateGraph(graph);
@@ -95,6 +106,7 @@ class Tracer implements ModelScope, Backend {
     readonly name: string,
     readonly mode: Mode,
     readonly dtype: DType,
+    readonly context: Context | null,
   ) {}
 
   input(name: string, dtype: DType, shape: Dim[]): Boundary {
@@ -287,6 +299,7 @@ class ProgramTrace {
     return {
       mode: this.tracer.mode,
       dtype: this.tracer.dtype,
+      context: this.tracer.context,
       path,
       backend: this.tracer,
       sub: (name) => this.scope(`${path}.${name}`),
@@ -378,6 +391,7 @@ class ProgramTrace {
     const own = (args as readonly unknown[]).map((arg) =>
       isValue(arg) ? this.local(arg) : Array.isArray(arg) && arg.some(isValue) ? arg.map((a) => this.local(a)) : arg,
     );
+    if (this.tracer.context !== null && op === "scaledDotProductAttention") this.refuseOwnTokens(own[1] as Local);
     let meta: TensorMeta;
     try {
       // The rule's argument types are those of `op`; TypeScript cannot follow K through the table.
@@ -391,6 +405,16 @@ class ProgramTrace {
     const out = new Local(this.tracer, this, meta.dtype, shape, meta.grad);
     this.recorded.push({ op, args: own, out });
     return out;
+  }
+
+  /** Keys of a part of the row alone would train another model without a word. */
+  private refuseOwnTokens(keys: Local): void {
+    if (!keys.shape.some((d) => dimNames(d).includes(SEQUENCE_DIM))) return;
+    throw this.error(
+      "GRAPH",
+      `attention over keys ${showShape(keys.shape)} would see this rank's tokens alone, and rows are shared out to ${this.tracer.context!.ranks} ranks: use nn.selfAttention or ops.sequenceAttention`,
+      "scaledDotProductAttention",
+    );
   }
 
   private loss(name: string, value: Value, options: LossOptions): void {

@@ -72,13 +72,16 @@ export interface AttentionOptions {
   /** RMS norm of each query and key head before the rotation (Qwen3): its epsilon. */
   qkNormEps?: number | null;
   rotation: Rotation | null;
-  /** bool [B, 1, T, S], true: attend. Without it the attention is causal. */
-  mask?: Value | null;
+  /** int64 [B, T]: packed documents, which do not see each other. Without, every position sees all before it. */
+  documents?: Value | null;
   init?: Init;
   outputInit?: Init;
 }
 
-/** Causal grouped-query self-attention (Ainslie et al., arXiv 2305.13245). x [B, T, D] -> [B, T, D] */
+/**
+ * Causal grouped-query self-attention (Ainslie et al., arXiv 2305.13245). x [B, T, D] -> [B, T, D]. Where rows are shared
+ * out to ranks (p.context) T is this rank's share, and attention goes over the shares of all.
+ */
 export function selfAttention(p: BlockScope, x: Value, options: AttentionOptions): Value {
   const { heads, kvHeads, headDim, bias, init } = options;
   if (heads % kvHeads !== 0) {
@@ -87,6 +90,9 @@ export function selfAttention(p: BlockScope, x: Value, options: AttentionOptions
       `[attention] expected query heads to be a multiple of key/value heads, got ${heads} and ${kvHeads}, at ${p.path}`,
     );
   }
+  const { context } = p;
+  const documents = options.documents ?? null;
+  const mask = documents === null || context !== null ? null : documentMask(documents);
   const D = fixed(p, x, -1);
   const [B, T] = [x.shape[0]!, x.shape[1]!];
   const split = (name: string, count: number): Value =>
@@ -99,18 +105,20 @@ export function selfAttention(p: BlockScope, x: Value, options: AttentionOptions
   const q_BNTH = turned(heads_(normed("q", split("q", heads))));
   const k_BKTH = turned(heads_(normed("k", split("k", kvHeads))));
   const v_BKTH = heads_(split("v", kvHeads));
-  const mask = options.mask ?? null;
-  const y_BNTH = ops.scaledDotProductAttention(q_BNTH, k_BKTH, v_BKTH, {
-    mask,
-    causal: mask === null,
-    grouped: heads !== kvHeads,
-  });
+  const y_BNTH =
+    context !== null
+      ? ops.sequenceAttention(context, q_BNTH, k_BKTH, v_BKTH, { documents, causal: true })
+      : ops.scaledDotProductAttention(q_BNTH, k_BKTH, v_BKTH, {
+          mask,
+          causal: mask === null,
+          grouped: heads !== kvHeads,
+        });
   const y = ops.reshape(ops.transpose(y_BNTH, 1, 2), [B, T, heads * headDim]);
   return linear(p.sub("o_proj"), y, D, { bias, init: options.outputInit ?? init });
 }
 
 /**
- * positions and segments int64 [B, T] -> bool [B, 1, T, T], true where a position may look: not ahead, and only within
+ * segments int64 [B, T] -> bool [B, 1, T, T], true where a position may look: not ahead, and only within
  * its own document. Order is that of the row, not of `positions`, which start anew in each document.
  */
 export function documentMask(segments: Value): Value {

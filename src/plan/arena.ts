@@ -24,6 +24,8 @@ interface Buffer {
   last: number;
   /** Fixed and free in between: from the last use in the front of the program to the first one behind it. */
   window: { opens: number; closes: number } | null;
+  /** It is these bytes of another one. */
+  part: { of: P; at: number } | null;
 }
 
 export class Buffers {
@@ -41,10 +43,19 @@ export class Buffers {
     return this.add({ space, bytes, offset: -1, fixed: false, size, key });
   }
 
+  /** Bytes [at, at + bytes) of another buffer; `at` a multiple of 256. Its life is part of the other's. */
+  part(of: P, at: number, bytes: number): P {
+    const { space, fixed, size } = this.list[of]!;
+    const p = this.add({ space, bytes, offset: -1, fixed, size, key: "" });
+    this.list[p]!.part = { of, at };
+    return p;
+  }
+
   touch(p: P, position: number): void {
     const buffer = this.list[p]!;
     if (buffer.first < 0) buffer.first = position;
     buffer.last = Math.max(buffer.last, position);
+    if (buffer.part !== null) this.touch(buffer.part.of, position);
   }
 
   /** A fixed buffer's bytes serve boundaries that begin after `opens` and end before `closes`. */
@@ -56,7 +67,7 @@ export class Buffers {
   place(positions: number): Record<Space, number> {
     const used = { ...this.ends };
     for (const space of ["device", "host", "disk", "slot"] as const) {
-      const here = this.list.filter((b) => b.space === space);
+      const here = this.list.filter((b) => b.space === space && b.part === null);
       const transients = here.filter((b) => !b.fixed && b.first >= 0);
       if (space === "slot") used.slot = numberSlots(transients);
       else {
@@ -65,6 +76,7 @@ export class Buffers {
         used[space] = packSmall(small, here, packLarge(large, used[space], positions), positions);
       }
     }
+    for (const b of this.list) if (b.part !== null) b.offset = this.list[b.part.of]!.offset + b.part.at;
     return used;
   }
 
@@ -86,7 +98,9 @@ export class Buffers {
 
   private add(b: Pick<Buffer, "space" | "bytes" | "offset" | "fixed" | "size" | "key">): P {
     const { space, bytes, offset, fixed, size, key } = b;
-    return this.list.push({ space, bytes, offset, fixed, size, key, first: -1, last: -1, window: null }) - 1;
+    return (
+      this.list.push({ space, bytes, offset, fixed, size, key, first: -1, last: -1, window: null, part: null }) - 1
+    );
   }
 }
 

@@ -9,6 +9,7 @@ import type { PlanRequest } from "./auto.js";
 import { type Budget, showSize } from "./budget.js";
 import { blockLayouts } from "./layout.js";
 import { passWorkspace } from "./memory.js";
+import { membersOf } from "./mesh.js";
 import { keptOf } from "./selective.js";
 import { type TapePeaks, tapePeaks } from "./simulate.js";
 import { meanBubble, type RanksSimulation, simulateRanks } from "./simulate-ranks.js";
@@ -59,7 +60,7 @@ const TRIES = 8;
 
 type Kind = "param" | "state" | "retained";
 type Homes = Record<Kind, Space3[]>;
-/** Bytes left; of devices by rank. */
+/** Bytes left; of devices by stage, that of the fullest of it. */
 interface Room {
   device: number[];
   host: number;
@@ -86,6 +87,8 @@ class Fitting {
   private readonly bytes: Record<Kind, number[]>;
   private readonly dims: Record<string, number>;
   private readonly ranks: number;
+  /** Devices that each have a part of a block's state, all alike. */
+  private readonly members: number;
 
   constructor(
     private readonly shape: Shape,
@@ -93,7 +96,7 @@ class Fitting {
     private readonly limits: Budget,
   ) {
     const { graph, far, boundary, retainedDType, update } = shape;
-    const layouts = blockLayouts(graph, request.state);
+    const layouts = blockLayouts(graph, request.state, shape.stages ?? undefined);
     this.bytes = {
       param: layouts.map((l) => l.paramBytes),
       state: layouts.map((l) => l.stateBytes),
@@ -107,6 +110,7 @@ class Fitting {
     };
     this.dims = fusedDims(shape, request);
     this.ranks = ranksOf(shape);
+    this.members = membersOf(shape.stages ?? undefined);
   }
 
   run(attempt: Attempt): Attempt {
@@ -124,8 +128,8 @@ class Fitting {
         disk: limits.diskBytes - now.peaks!.diskBytes,
       };
       const before = sum(room.device) + room.host + room.disk;
-      for (const [rank, left] of room.device.entries())
-        if (left < 0) this.move("device", -left, ["host", "disk"], room, rank);
+      for (const [stage, left] of room.device.entries())
+        if (left < 0) this.move("device", -left, ["host", "disk"], room, stage);
       if (room.host < 0) this.move("host", -room.host, ["device", "disk"], room);
       if (seen.has(JSON.stringify(this.homes))) break;
       // Moves change no sum, only what a retained gradient lends: where all together are short, they end in nothing.
@@ -135,23 +139,27 @@ class Fitting {
     return best;
   }
 
-  private rankOf(block: number): number {
+  private stageOf(block: number): number {
     return this.shape.stages?.of[block] ?? 0;
   }
 
   private deviceRoom({ written }: Attempt): number[] {
-    return written!.peaks.map((p) => this.limits.deviceBytes - p.deviceBytes);
+    const left = written!.peaks.map((p) => this.limits.deviceBytes - p.deviceBytes);
+    return Array.from({ length: this.ranks / this.members }, (_, stage) =>
+      Math.min(...left.slice(stage * this.members, (stage + 1) * this.members)),
+    );
   }
 
-  /** Moves blocks away from `from` until `need` bytes are gone, to the first of `to` that has room. `rank`: its blocks. */
-  private move(from: Space3, need: number, to: readonly Space3[], room: Room, rank?: number): void {
+  /** Moves blocks away from `from` until `need` bytes are gone, to the first of `to` that has room. `stage`: its blocks. */
+  private move(from: Space3, need: number, to: readonly Space3[], room: Room, stage?: number): void {
     let left = need;
     for (const { kind, block } of this.order(from)) {
       if (left <= 0) return;
-      const at = this.rankOf(block);
-      if (rank !== undefined && at !== rank) continue;
+      const at = this.stageOf(block);
+      if (stage !== undefined && at !== stage) continue;
       const bytes = this.bytes[kind][block]!;
-      const roomIn = (space: Space3) => (space === "device" ? room.device[at]! : room[space]);
+      // Host and disk take the parts of all devices of the stage.
+      const roomIn = (space: Space3) => (space === "device" ? room.device[at]! : room[space] / this.members);
       // Kept as it is: a param's move to a disk costs two more crossings of the slowest link than state does.
       const target = to.find((space) => roomIn(space) >= bytes && this.may(kind, space));
       if (target === undefined) continue;
@@ -161,9 +169,9 @@ class Fitting {
         [from, bytes],
       ] as const) {
         if (space === "device") room.device[at]! += change;
-        else room[space] += change;
+        else room[space] += change * this.members;
       }
-      left -= bytes;
+      left -= from === "device" ? bytes : bytes * this.members;
     }
   }
 
@@ -280,22 +288,25 @@ function excess(peaks: TapePeaks, limits: Budget): Attempt["over"] {
 /** What a shape takes at the least, in all places together; null where that fits. */
 export function leastOver(shape: Shape, request: PlanRequest, limits: Budget): Attempt["over"] {
   const { graph, far, update, schedule, recompute, retainedDType } = shape;
-  const layouts = blockLayouts(graph, request.state);
+  const layouts = blockLayouts(graph, request.state, shape.stages ?? undefined);
+  const members = membersOf(shape.stages ?? undefined);
   const dims = fusedDims(shape, request);
   const count = schedule === "breadthFirst" ? request.gradientAccumulationSteps / shape.fused : 1;
   const consumed = new Set(
     graph.blocks.flatMap((b) => b.inputs.flatMap((s) => ("block" in s ? [`${s.block}:${s.output}`] : []))),
   );
   let [state, boundaries, kept, retained] = [0, 0, 0, 0];
-  // By rank: what each has once at a time.
-  const sums: number[] = Array(ranksOf(shape)).fill(0);
+  // By stage: what each of its devices has once at a time.
+  const sums: number[] = Array(ranksOf(shape) / members).fill(0);
   const workspace = [...sums];
   for (const [b, block] of graph.blocks.entries()) {
     const layout = layouts[b]!;
     const rank = shape.stages?.of[b] ?? 0;
-    state += layout.paramBytes + layout.stateBytes;
-    sums[rank] = update === "end" ? sums[rank]! + layout.sumsBytes : Math.max(sums[rank]!, layout.sumsBytes);
-    retained += update === "forward" ? layout.retainedBytes(retainedDType) : 0;
+    state += members * (layout.paramBytes + layout.stateBytes);
+    // At the end each rank has its part of all, and before it the whole of one at a time.
+    const held = layout.sumsBytes / members;
+    sums[rank] = update === "end" ? sums[rank]! + held : Math.max(sums[rank]!, layout.sumsBytes);
+    retained += update === "forward" ? members * layout.retainedBytes(retainedDType) : 0;
     for (const [o, output] of graph.programs[block.program]!.outputs.entries()) {
       if (!consumed.has(`${b}:${o}`)) continue;
       boundaries += outputBytes(output, dims) * count;
@@ -308,11 +319,12 @@ export function leastOver(shape: Shape, request: PlanRequest, limits: Budget): A
   const { hostBytes, diskBytes } = limits;
   const deviceBytes = limits.deviceBytes * ranksOf(shape);
   const all = far === "device" ? deviceBytes : deviceBytes + hostBytes + diskBytes;
-  const needed = state + sum(sums) + kept + sum(workspace) + Math.max(boundaries, retained);
+  const once = members * (sum(sums) + sum(workspace));
+  const needed = state + once + kept + Math.max(boundaries, retained);
   if (needed <= all) return null;
   const parts = [
     `${showSize(state)} of parameters and optimizer state`,
-    `${showSize(sum(sums))} of gradient sums`,
+    `${showSize(members * sum(sums))} of gradient sums`,
     retained > boundaries ? `${showSize(retained)} of retained gradients` : `${showSize(boundaries)} of boundaries`,
     ...(kept > 0 ? [`${showSize(kept)} of kept ${recompute === "none" ? "graphs" : "results"}`] : []),
   ];

@@ -1,7 +1,7 @@
 /**
- * Chooses the fastest plan for several devices of one machine that fits: which blocks are on which device, and all that
- * `planAuto` chooses. Every device has the budget given; host memory and disk are shared, and hold one copy of the state
- * in all, since a device holds that of its own blocks only.
+ * Chooses the fastest plan for several devices of one machine that fits: which blocks are on which device or what part of
+ * each, and all that `planAuto` chooses. Every device has the budget given; host memory and disk are shared, and hold one
+ * copy of the state in all, since a device holds that of its own blocks, or its own parts, only.
  */
 import { StromaError } from "../errors.js";
 import type { Graph } from "../graph/types.js";
@@ -15,6 +15,7 @@ import {
   searched,
 } from "./auto.js";
 import type { PlacementTable } from "./auto-describe.js";
+import { stageOf } from "./mesh.js";
 import type { BoundBy } from "./simulate.js";
 import { STAGE_RULES, type StageRule } from "./stages.js";
 
@@ -23,6 +24,8 @@ export interface RanksRequest extends PlanRequest {
   devices: number;
   /** Only this rule. Default: the faster. */
   stages?: StageRule;
+  /** Only so many devices to a block's state. Default: the faster of one and all. */
+  shards?: number;
 }
 
 export interface RankReport {
@@ -46,6 +49,8 @@ export interface RankReport {
 export interface RanksReport extends PlanReport {
   devices: number;
   stages: StageRule;
+  /** Devices that share the state of a block. */
+  shards: number;
   /** By block. */
   stagesOf: number[];
   bytesBetweenDevicesPerStep: number;
@@ -63,15 +68,15 @@ export interface RanksPlan extends AutoPlan {
 export function planRanksAuto(graph: Graph, request: RanksRequest): RanksPlan {
   const { devices } = request;
   const [first, ...others] = rulesTried(graph, request);
-  const { rule, search, best } = first!;
+  const { search, best, ...how } = first!;
   const alone = planAuto(graph, request);
   const plan = search.result();
   const times = (tokensPerSecond: number) => `${(best.tokensPerSecond / tokensPerSecond).toFixed(2)} x slower`;
   const alternatives: Alternative[] = [
-    ...others.map(({ rule, best: other }) => ({
-      plan: `${rule} stages: ${other.label}`,
+    ...others.map(({ best: other, ...otherwise }) => ({
+      plan: `${named(otherwise, devices)}: ${other.label}`,
       fits: other.over === null,
-      why: other.over?.why ?? slowerStages(rule, times(other.tokensPerSecond)),
+      why: other.over?.why ?? slower(otherwise, times(other.tokensPerSecond)),
       peakDeviceBytes: other.peaks?.deviceBytes ?? null,
       peakHostBytes: other.peaks?.hostBytes ?? null,
       predictedTokensPerSecond: other.simulation === null ? null : other.tokensPerSecond,
@@ -88,17 +93,9 @@ export function planRanksAuto(graph: Graph, request: RanksRequest): RanksPlan {
       peakHostBytes: alone.report.peakHostBytes,
       predictedTokensPerSecond: alone.report.predictedTokensPerSecond,
     },
-    {
-      plan: "data-parallel: every card runs all blocks on its part of the batch",
-      fits: false,
-      why: "not yet: ranks exchange boundaries, not gradients",
-      peakDeviceBytes: null,
-      peakHostBytes: null,
-      predictedTokensPerSecond: null,
-    },
     ...plan.report.alternatives,
   ];
-  return { ...plan, report: ranksReport(plan, devices, rule, alternatives) };
+  return { ...plan, report: ranksReport(plan, devices, how, alternatives) };
 }
 
 /**
@@ -113,32 +110,52 @@ export function planForRank(graph: Graph, request: RanksRequest, rank: number): 
   return { ...plan, policy, tapes: mine.tapes, simulation: mine.simulation };
 }
 
-/** Searched by each rule, the one to take first. */
-function rulesTried(graph: Graph, { devices, stages, ...request }: RanksRequest) {
+interface How {
+  rule: StageRule;
+  shards: number;
+}
+
+/** Searched in each way, the one to take first. */
+function rulesTried(graph: Graph, { devices, stages, shards, ...request }: RanksRequest) {
   if (!Number.isSafeInteger(devices) || devices < 2)
     throw new StromaError("CONFIG", `[plan] expected devices to be a whole number of at least 2, got ${devices}`);
-  const tried = (stages === undefined ? STAGE_RULES : [stages]).map((rule) => {
-    const search = searched(graph, request, { ranks: devices, rule });
-    return { rule, search, best: search.chosen() };
+  if (shards !== undefined && (!Number.isSafeInteger(shards) || shards < 1 || devices % shards !== 0))
+    throw new StromaError(
+      "CONFIG",
+      `[plan] ${devices} devices are no whole number of stages of ${shards} shards: ${devices} / ${shards}`,
+    );
+  const rules = stages === undefined ? STAGE_RULES : [stages];
+  const staged = (of: number) => (of === devices ? rules.slice(0, 1) : rules).map((rule) => ({ rule, shards: of }));
+  const may = request.gradientAccumulationSteps >= devices;
+  const ways =
+    shards !== undefined ? staged(shards) : [...staged(1), ...(stages === undefined && may ? staged(devices) : [])];
+  const tried = ways.map((how) => {
+    const search = searched(graph, request, { ranks: devices, ...how });
+    return { ...how, search, best: search.chosen() };
   });
   const misfit = ({ best }: (typeof tried)[number]) => best.over?.bytes ?? 0;
   return tried.toSorted((a, b) => misfit(a) - misfit(b) || b.best.tokensPerSecond - a.best.tokensPerSecond);
 }
 
-const slowerStages = (rule: StageRule, by: string): string =>
-  rule === "contiguous"
-    ? `${by}: a stretch of blocks waits for the stretch before it`
-    : `${by}: every block's output crosses between cards`;
+const named = ({ rule, shards }: How, devices: number): string =>
+  shards === devices ? "sharded data parallel" : `${rule} stages${shards > 1 ? ` of ${shards} shards` : ""}`;
+
+const slower = ({ rule, shards }: How, by: string): string =>
+  shards > 1
+    ? `${by}: every block's parameters and gradients cross between cards`
+    : rule !== "alternating"
+      ? `${by}: a stretch of blocks waits for the stretch before it`
+      : `${by}: every block's output crosses between cards`;
 
 function ranksReport(
   { report, ranks, policy }: AutoPlan,
   devices: number,
-  stages: StageRule,
+  { rule: stages, shards }: How,
   alternatives: Alternative[],
 ): RanksReport {
   const { of } = policy.stages!;
   const perRank = ranks.map(({ peaks, placements, simulation }: RankPlan, rank): RankReport => {
-    const blocks = of.flatMap((r, b) => (r === rank ? [b] : []));
+    const blocks = of.flatMap((stage, b) => (stage === stageOf(policy.stages!, rank) ? [b] : []));
     return {
       rank,
       blocks,
@@ -159,6 +176,7 @@ function ranksReport(
     alternatives,
     devices,
     stages,
+    shards,
     stagesOf: of,
     bytesBetweenDevicesPerStep: perRank.reduce((sum, r) => sum + r.bytesSentPerStep, 0),
     bubble: perRank.reduce((sum, r) => sum + r.bubble, 0) / devices,

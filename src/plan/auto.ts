@@ -13,10 +13,11 @@ import { addPlacements, describePlacement, type PlacementTable } from "./auto-de
 import { type Attempt, fitShape, leastOver, type RankTapes, type Shape, saved, waitsForCopies } from "./auto-fit.js";
 import { type Budget, showSize, usable } from "./budget.js";
 import { mergeBlocks } from "./merge-blocks.js";
+import { membersOf, stageCount } from "./mesh.js";
 import type { MachineProfile } from "./profiles.js";
 import type { BoundBy, Simulation, TapePeaks } from "./simulate.js";
 import type { RankSimulation } from "./simulate-ranks.js";
-import { assignStages, isContiguous, type StageRule } from "./stages.js";
+import { assignStages, isContiguous, type StageRule, stretchesOf } from "./stages.js";
 import type { Clip, Recompute, RetainedDType, Schedule, Stages, StateFormat, UpdateOrder } from "./types.js";
 import type { Policy, Space3 } from "./write-tape.js";
 
@@ -116,11 +117,15 @@ export function layersMerged(graph: Graph, size: number): Graph {
   return merged;
 }
 
-/** Devices of one machine and which rule gives them their blocks. */
+/** Devices of one machine, which rule gives stages their blocks, and how many devices share each. */
 export interface Spread {
   ranks: number;
   rule: StageRule;
+  shards: number;
 }
+
+/** A stage alone never waits for another. */
+const stageCountOf = ({ ranks, shards }: Spread): number => (ranks === shards ? 0.5 : ranks / shards);
 
 /**
  * Carries out the search of `planAuto`, over several devices where `spread` says so. `quick`: asks only whether something
@@ -131,7 +136,16 @@ export function searched(graph: Graph, request: PlanRequest, spread: Spread | nu
   const whole = layersPerBlock === undefined ? graph : layersMerged(graph, layersPerBlock);
   const limits = usable(budget);
   const search = new Search(graph, request, limits, spread);
-  const fused = fusions(request, spread !== null).slice(0, quick ? 1 : undefined);
+  // Ranks that share blocks have a micro-batch each.
+  const most = request.gradientAccumulationSteps / (spread?.shards ?? 1);
+  const fused = fusions(request, spread !== null)
+    .filter((k) => k <= most)
+    .slice(0, quick ? 1 : undefined);
+  if (fused.length === 0)
+    throw new StromaError(
+      "CONFIG",
+      `[plan] ${spread!.shards} ranks that share blocks need a micro-batch each, and a step has ${request.gradientAccumulationSteps}`,
+    );
   search.resident(whole, layersPerBlock ?? 1, fused);
   const updates: UpdateOrder[] = clip === "global" ? ["forward"] : ["backward"];
   const kinds: RetainedDType[] = clip === "global" ? retainedDTypes(graph) : ["float32"];
@@ -201,10 +215,10 @@ export class Search {
       stages === null
         ? ["depthFirst"]
         : [
-            this.spread!.rule === "contiguous" && isContiguous(graph, stages)
+            this.spread!.shards === 1 && this.onePerTurn(graph, stages) !== null
               ? "oneForwardOneBackward"
               : "breadthFirst",
-            "depthFirst",
+            ...(this.spread!.shards === 1 ? (["depthFirst"] as const) : []),
           ];
     for (const schedule of orders) if (this.allResident(graph, merged, schedule, stages, fused)) return;
   }
@@ -220,7 +234,9 @@ export class Search {
     const update: UpdateOrder = "end";
     for (const recompute of only === undefined ? (["none", "selective", "all"] as const) : [only]) {
       let fits = false;
+      const unit = stages === null || schedule !== "oneForwardOneBackward" ? 1 : this.onePerTurn(graph, stages)!;
       for (const k of fused) {
+        if ((this.request.gradientAccumulationSteps / k) % unit !== 0) continue;
         const attempt = this.try({
           graph,
           merged,
@@ -230,7 +246,7 @@ export class Search {
           clip,
           retainedDType: "float32",
           boundary: "device",
-          prefetch: 0,
+          prefetch: membersOf(stages ?? undefined) > 1 ? 1 : 0,
           fused: k,
           far: "device",
           stages,
@@ -244,10 +260,18 @@ export class Search {
     return false;
   }
 
+  /** Micro-batches that one forward, one backward takes at a time; null: it is not for these stages. */
+  private onePerTurn(graph: Graph, stages: Stages): number | null {
+    const { rule } = this.spread!;
+    if (rule === "interleaved" && stretchesOf(stages) !== null) return stageCount(stages);
+    return rule !== "alternating" && isContiguous(graph, stages) ? 1 : null;
+  }
+
   private stages(graph: Graph): Stages | null {
     if (this.spread === null) return null;
-    const { ranks, rule } = this.spread;
-    return { rank: 0, ranks, of: assignStages(graph, ranks, rule) };
+    const { ranks, rule, shards } = this.spread;
+    const of = assignStages(graph, ranks / shards, rule);
+    return { rank: 0, ranks, of, ...(shards > 1 ? { shards } : {}) };
   }
 
   /** Whether every device has a block of it. */
@@ -267,7 +291,7 @@ export class Search {
    */
   private overlaps(fused: number): boolean {
     const { gradientAccumulationSteps: all } = this.request;
-    return this.spread === null || all / fused >= Math.min(all, 2 * this.spread.ranks);
+    return this.spread === null || all / fused >= Math.min(all, this.spread.shards * 2 * stageCountOf(this.spread));
   }
 
   streamed(

@@ -3,16 +3,19 @@
  * it, written by which instruction. A copy moves such pieces; a reader demands that its place holds one operand whole.
  *
  * Versions: param, state and compute count updates; x and retained carry the step that made them; dx and sums also how
- * many contributions they hold (in the one order allowed, so the number says which). The part of param behind its
- * trainable bytes never changes and has a version of its own.
+ * many contributions they hold (in the one order allowed, so the number says which), partial whose it is, reduced of which
+ * replica (0: of all). The part of param behind its trainable bytes never changes and has a version of its own.
  */
 import { type Facts, nameOf, type Op, type Pass, refuse, showPlace } from "./check-facts.js";
 import { RETAINED_DTYPES } from "./check-form.js";
 import { Intervals } from "./intervals.js";
-import type { Instruction, Operand, Place, Space, Tape } from "./types.js";
+import { batchesOf, memberOf, membersOf, replicaOf, replicasOf, shardOf, shardsOf } from "./mesh.js";
+import type { Instruction, Operand, Place, Shard, Space, Tape } from "./types.js";
 
-type Kind = Operand["kind"] | "compute" | "sums";
-const KINDS: readonly Kind[] = ["param", "state", "compute", "sums", "retained", "x", "dx"];
+type Kind = Operand["kind"] | Shard["kind"] | "sums";
+const KINDS: readonly Kind[] = ["param", "state", "compute", "sums", "retained", "partial", "reduced", "x", "dx"];
+/** Of them those that blocks have, not boundaries. */
+const FLAT = 7;
 
 interface Content {
   /** Of the operand: operandId. */
@@ -42,6 +45,8 @@ export class Memory {
 
   private tape!: Tape;
   private boundaryBytes: number[][] = [];
+  /** Micro-batches of this rank. */
+  private mine: number[] = [];
   private at = 0;
   private ran = 0;
   private step = 0;
@@ -55,6 +60,7 @@ export class Memory {
   private kept = new Map<number, { at: number; params: string; in: string }>();
   private summed: number[] = [];
   private norms = new Set<number>();
+  private partials = new Set<number>();
   private packed = new Set<number>();
   private updated = new Set<number>();
   private closed = false;
@@ -83,12 +89,14 @@ export class Memory {
   play(tape: Tape): void {
     this.tape = tape;
     this.boundaryBytes = this.facts.boundaryBytes(tape.dims);
+    this.mine = batchesOf(tape.stages, tape.microBatches);
     const forward = tape.update === "forward";
     this.demanded = this.entered + (forward && this.pending ? 1 : 0);
     this.forwards = new Set();
     this.kept = new Map();
     this.summed = this.facts.layouts.map(() => 0);
     this.norms = new Set();
+    this.partials = new Set();
     this.packed = new Set();
     this.updated = new Set();
     this.closed = false;
@@ -124,6 +132,14 @@ export class Memory {
       case "norm":
         this.once(this.norms, i.block, `takes the norm of block ${i.block} again`);
         this.demandSums(i.block, "sums", i.sums);
+        break;
+      case "partial":
+        this.demandUserSums(i.block, "sums", i.sums);
+        this.once(this.partials, i.block, "adds up again");
+        this.put("partial", i.block, this.tape.places[i.to]!, this.counted(memberOf(this.tape.stages!)));
+        break;
+      case "reduce":
+        this.reduce(i);
         break;
       case "report":
         this.report();
@@ -192,7 +208,7 @@ export class Memory {
       this.put("dx", operand, this.tape.places[p]!, this.counted(index + 1));
     }
     const summed = this.summed[block]!++;
-    if (summed !== microBatch)
+    if (this.mine[summed] !== microBatch)
       this.fail(`adds micro-batch ${microBatch} to sums of block ${block}, which have seen ${summed}`);
     if (i.sums === -1) return;
     if (!i.first) this.demand("sums", i.sums, "sums", block, this.counted(summed));
@@ -202,7 +218,7 @@ export class Memory {
   /** Parameters of the step's version, and the boundaries that the pass reads. */
   private demandInputs(i: Pass): void {
     for (const [k, owner] of this.facts.owners[i.block]!.entries()) {
-      const version = this.facts.trains(owner) ? this.demanded : FROZEN;
+      const version = this.facts.isTrained(owner) ? this.demanded : FROZEN;
       if (this.facts.layouts[owner]!.computeBytes > 0)
         this.demand(`params ${k}`, i.params[k]!, "compute", owner, version);
       else this.demandParam(`params ${k}`, i.params[k]!, owner, this.demanded);
@@ -237,11 +253,55 @@ export class Memory {
       version = content?.version ?? FROZEN;
     });
     this.demandParam("from", i.from, i.block, version);
-    this.put("compute", i.block, this.tape.places[i.to]!, version);
+    if (shardsOf(this.tape.stages) === 1) {
+      this.put("compute", i.block, this.tape.places[i.to]!, version);
+      return;
+    }
+    // A shard that is all frozen goes with any version of the others.
+    if (version === FROZEN && this.facts.isTrained(i.block)) version = this.demanded;
+    const { start } = this.shard({ kind: "compute", block: i.block, shard: shardOf(this.tape.stages!), of: 0 }, 0);
+    this.put("compute", i.block, this.tape.places[i.to]!, version, this.ran, start);
+  }
+
+  /** The version of a shard, and the byte of its operand at which it begins. */
+  private shard({ kind, block, shard, of }: Shard, bytes: number): { version: number; start: number } {
+    const { facts } = this;
+    const { begin, end } = facts.layouts[block]!.shard(shard)[kind === "compute" ? "compute" : "partial"];
+    if (kind === "compute")
+      return {
+        version: facts.isTrained(block) ? this.demanded : FROZEN,
+        start: begin * facts.computeItemsize,
+      };
+    const itemsize = kind === "partial" ? bytes / (end - begin) : facts.wideItemsize;
+    return { version: this.counted(kind === "partial" ? of : of + 1), start: begin * itemsize };
+  }
+
+  private reduce(i: Op<"reduce">): void {
+    const stages = this.tape.stages!;
+    const { block } = i;
+    const own = shardOf(stages);
+    const first = replicaOf(stages) * shardsOf(stages);
+    for (const [k, p] of i.parts.entries()) {
+      const of = i.of === "partial" ? first + k : k;
+      const { bytes } = this.tape.places[p]!;
+      const { version, start } = this.shard({ kind: i.of, block, shard: own, of }, bytes);
+      this.demand(`part ${k}`, p, i.of, block, version, bytes, 0, start);
+    }
+    const { start } = this.shard({ kind: "reduced", block, shard: own, of: 0 }, 0);
+    const whole = i.of === "reduced" || replicasOf(stages) === 1;
+    const version = this.counted(whole ? 0 : replicaOf(stages) + 1);
+    this.put("reduced", block, this.tape.places[i.to]!, version, this.ran, start);
   }
 
   /** What arrives is what its sender says that it is: checkRanks compares both ends. */
   private exchange(i: Op<"send" | "receive">): void {
+    if ("shard" in i.operand) {
+      const { kind, block } = i.operand;
+      const { version, start } = this.shard(i.operand, i.bytes);
+      if (i.op === "send") this.demand("place", i.place, kind, block, version, i.bytes, 0, start);
+      else this.put(kind, block, this.tape.places[i.place]!, version, this.ran, start);
+      return;
+    }
     const { kind, block, output, microBatch } = i.operand;
     const operand = this.boundary(block, output, microBatch);
     const version = kind === "x" ? this.step : this.counted(i.count);
@@ -257,8 +317,8 @@ export class Memory {
       const first = b * this.microBatches;
       const ran = this.facts.losses.has(b)
         ? this.summed[b]!
-        : [...Array(this.tape.microBatches).keys()].filter((m) => this.forwards.has(first + m)).length;
-      if (ran !== this.tape.microBatches) this.fail(`reports before all forwards of block ${b}`);
+        : this.mine.filter((m) => this.forwards.has(first + m)).length;
+      if (ran !== this.mine.length) this.fail(`reports before all forwards of block ${b}`);
     }
   }
 
@@ -269,7 +329,7 @@ export class Memory {
     for (const b of this.facts.layouts.keys()) {
       if (!this.facts.isMine(b)) continue;
       if (this.facts.trains(b) && !this.norms.has(b)) this.fail(`closes the step without the norm of block ${b}`);
-      if (this.facts.losses.has(b) && this.summed[b] !== this.tape.microBatches)
+      if (this.facts.losses.has(b) && this.summed[b] !== this.mine.length)
         this.fail(`closes the step without all losses of block ${b}`);
     }
     this.closed = true;
@@ -332,14 +392,14 @@ export class Memory {
     if (tape.kind === "step") {
       for (const b of facts.layouts.keys()) {
         if (!facts.isMine(b)) continue;
-        for (let m = 0; m < tape.microBatches; m++) {
+        for (const m of this.mine) {
           const pass = b * this.microBatches + m;
           if (!facts.losses.has(b) && !this.forwards.has(pass))
             this.fail(`lacks the forward of block ${b}, micro-batch ${m}`);
         }
         const summed = this.summed[b]!;
-        if (facts.needsBackward[b] && summed < tape.microBatches)
-          this.fail(`lacks the backward of block ${b}, micro-batch ${summed}`);
+        if (facts.needsBackward[b] && summed < this.mine.length)
+          this.fail(`lacks the backward of block ${b}, micro-batch ${this.mine[summed]}`);
         if (tape.update === "forward" && facts.trains(b) && !this.packed.has(b))
           this.fail(`lacks the pack of block ${b}`);
       }
@@ -360,13 +420,25 @@ export class Memory {
 
   private demandAllBackwards(): void {
     for (const [b, needed] of this.facts.needsBackward.entries())
-      if (needed && this.facts.isMine(b) && this.summed[b] !== this.tape.microBatches)
+      if (needed && this.facts.isMine(b) && this.summed[b] !== this.mine.length)
         this.fail(`updates before all backwards of block ${b}`);
   }
 
+  /** The gradient of what the rank holds of a block, by the whole batch. */
   private demandSums(block: number, what: string, list: readonly number[]): void {
+    if (membersOf(this.tape.stages) === 1) {
+      this.demandUserSums(block, what, list);
+      return;
+    }
+    const own = shardOf(this.tape.stages!);
+    const { start } = this.shard({ kind: "reduced", block, shard: own, of: 0 }, 0);
+    const { bytes } = this.tape.places[list[0]!]!;
+    this.demand(`${what} 0`, list[0]!, "reduced", block, this.counted(0), bytes, 0, start);
+  }
+
+  private demandUserSums(block: number, what: string, list: readonly number[]): void {
     for (const [k, user] of this.facts.users[block]!.entries())
-      this.demand(`${what} ${k}`, list[k]!, "sums", user, this.counted(this.tape.microBatches));
+      this.demand(`${what} ${k}`, list[k]!, "sums", user, this.counted(this.mine.length));
   }
 
   private demandParam(what: string, p: number, block: number, version: number): void {
@@ -376,7 +448,10 @@ export class Memory {
     this.demandAt(what, place, "param", block, FROZEN, trainableBytes, paramBytes);
   }
 
-  /** Bytes [at, at + bytes) of the place are those of the operand; version null: each in any. */
+  /**
+   * Bytes [at, at + bytes) of the place are those of the operand; version null: each in any. start: the operand's byte at
+   * which the place begins.
+   */
   private demand(
     what: string,
     p: number,
@@ -385,8 +460,9 @@ export class Memory {
     version: number | null,
     bytes = this.tape.places[p]!.bytes,
     at = 0,
+    start = 0,
   ): void {
-    this.demandAt(what, this.tape.places[p]!, kind, operand, version, at, at + bytes);
+    this.demandAt(what, this.tape.places[p]!, kind, operand, version, at, at + bytes, start);
   }
 
   private demandAt(
@@ -397,6 +473,7 @@ export class Memory {
     version: number | null,
     from: number,
     to: number,
+    startsAt = 0,
   ): void {
     if (from === to && place.space !== "slot") return;
     const { space, offset } = place;
@@ -406,21 +483,22 @@ export class Memory {
       const good =
         content !== undefined &&
         content.id === id &&
-        content.base === offset &&
+        content.base === offset - startsAt &&
         (version === null || content.version === version);
       if (good) return;
       const where = space === "slot" ? `slot ${offset}` : `${space} ${a}..${b}`;
-      const shift = content === undefined || content.base === offset ? "" : ` from its byte ${a - content.base} on`;
-      const wanted = this.show(id, version) + (shift === "" ? "" : ` from its byte ${a - offset} on`);
+      const base = offset - startsAt;
+      const shift = content === undefined || content.base === base ? "" : ` from its byte ${a - content.base} on`;
+      const wanted = this.show(id, version) + (shift === "" ? "" : ` from its byte ${a - base} on`);
       const held = content === undefined ? "nothing" : this.show(content.id, content.version) + shift;
       this.fail(`${what}: ${where} holds ${held}, expected ${wanted}`);
     });
   }
 
-  private put(kind: Kind, operand: number, place: Place, version: number, written = this.ran): void {
+  private put(kind: Kind, operand: number, place: Place, version: number, written = this.ran, start = 0): void {
     const { space, offset, bytes } = place;
     if (space !== "slot" && bytes === 0) return;
-    const content = { id: this.operandId(kind, operand), version, base: offset, written };
+    const content = { id: this.operandId(kind, operand), version, base: offset - start, written };
     this.arenas[space].set(offset, offset + (space === "slot" ? 1 : bytes), content);
   }
 
@@ -445,7 +523,7 @@ export class Memory {
   private operandId(kind: Kind, operand: number): number {
     const k = KINDS.indexOf(kind);
     const blocks = this.facts.layouts.length;
-    return kind === "dx" ? 5 * blocks + this.boundaries + operand : k * blocks + operand;
+    return kind === "dx" ? FLAT * blocks + this.boundaries + operand : k * blocks + operand;
   }
 
   private counted(contributions: number): number {
@@ -459,12 +537,12 @@ export class Memory {
   /** e.g. "dx(3, 0, 1) with 1 of its 2 contributions". */
   private show(id: number, version: number | null): string {
     const blocks = this.facts.layouts.length;
-    const kind = KINDS[Math.min(Math.floor(id / blocks), id < 5 * blocks + this.boundaries ? 5 : 6)]!;
+    const kind = KINDS[Math.min(Math.floor(id / blocks), id < FLAT * blocks + this.boundaries ? FLAT : FLAT + 1)]!;
     const steps = (step: number) => (step === this.step ? "" : " of an earlier step");
     const step = version === null ? this.step : Math.floor(version / STEP);
     const count = version === null ? 0 : version % STEP;
     if (kind === "x" || kind === "dx") {
-      const operand = id - 5 * blocks - (kind === "dx" ? this.boundaries : 0);
+      const operand = id - FLAT * blocks - (kind === "dx" ? this.boundaries : 0);
       const output = Math.floor(operand / this.microBatches);
       const block = this.outputOffsets.findLastIndex((first) => first <= output);
       const microBatch = operand % this.microBatches;
@@ -477,6 +555,8 @@ export class Memory {
     const name = `${kind}(${id % blocks})`;
     if (version === null) return name;
     if (kind === "sums") return `${name} of ${count} micro-batches${steps(step)}`;
+    if (kind === "partial") return `${name} of member ${count}${steps(step)}`;
+    if (kind === "reduced") return `${name} of ${count === 0 ? "all" : `replica ${count - 1}`}${steps(step)}`;
     if (kind === "retained") return `${name} in ${RETAINED_DTYPES[count]} of step ${step} (this is step ${this.step})`;
     return version === FROZEN ? `the frozen part of ${name}` : `${name} after ${version} updates`;
   }

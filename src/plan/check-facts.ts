@@ -4,7 +4,8 @@ import { evaluate } from "../graph/dims.js";
 import type { Graph, Program } from "../graph/types.js";
 import { dtypeBytes } from "../graph/value.js";
 import { type BlockLayout, blockLayouts, ownersOf, usersOf } from "./layout.js";
-import type { Instruction, Operand, Place, Stages, StateFormat, Tape } from "./types.js";
+import { stageOf } from "./mesh.js";
+import type { Instruction, Operand, Place, Shard, Stages, StateFormat, Tape } from "./types.js";
 
 export type Pass = Extract<Instruction, { op: "forward" | "turn" | "backward" }>;
 export type Op<K extends Instruction["op"]> = Extract<Instruction, { op: K }>;
@@ -25,9 +26,9 @@ export class Facts {
   constructor(
     readonly graph: Graph,
     format: StateFormat,
-    private readonly stages?: Stages,
+    readonly stages?: Stages,
   ) {
-    this.layouts = blockLayouts(graph, format);
+    this.layouts = blockLayouts(graph, format, stages);
     this.losses = new Set(graph.losses.map((l) => l.block));
     this.needsBackward = graph.blocks.map(() => false);
     this.contributors = graph.blocks.map((_, b) => this.program(b).outputs.map(() => []));
@@ -51,12 +52,25 @@ export class Facts {
 
   /** Whether this rank runs the block. */
   isMine(block: number): boolean {
-    return this.stages === undefined || this.stages.of[block] === this.stages.rank;
+    return this.stages === undefined || this.stages.of[block] === stageOf(this.stages);
   }
 
-  /** Whether the block owns a trainable parameter: it has state, a norm and an update. */
+  /** Whether the rank holds something of the block that trains: it has state, a norm and an update. */
   trains(block: number): boolean {
     return this.layouts[block]!.trainable.length > 0;
+  }
+
+  /** Whether the block owns a trainable parameter, whoever holds it. */
+  isTrained(block: number): boolean {
+    return this.layouts[block]!.partialBytes("float32") > 0;
+  }
+
+  /** Bytes of compute elements, and of gradient sums. */
+  get computeItemsize(): number {
+    return dtypeBytes(this.graph.dtype ?? "float32");
+  }
+  get wideItemsize(): number {
+    return this.graph.dtype === "float64" ? 8 : 4;
   }
 
   /** Which contribution to its source's gradient input i of the block is, and of how many; null where none flows. */
@@ -80,8 +94,12 @@ export class Facts {
   }
 }
 
-export const nameOf = (o: Operand): string =>
-  "output" in o ? `${o.kind}(${o.block}, ${o.output}, ${o.microBatch})` : `${o.kind}(${o.block})`;
+export const nameOf = (o: Operand | Shard): string =>
+  "output" in o
+    ? `${o.kind}(${o.block}, ${o.output}, ${o.microBatch})`
+    : "shard" in o
+      ? `shard ${o.shard} of ${o.kind}(${o.block})${o.kind === "compute" ? "" : ` of ${o.of}`}`
+      : `${o.kind}(${o.block})`;
 
 export const showPlace = (tape: Tape, p: number): string => {
   const place = tape.places[p];

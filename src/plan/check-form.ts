@@ -3,8 +3,10 @@
  * in a space that the operation works on and of the size that layout.ts gives it. What the places hold is not asked here.
  */
 import type { Graph } from "../graph/types.js";
+import { dtypeBytes } from "../graph/value.js";
 import { type Facts, type Op, type Pass, refuse, showPlace, showRange } from "./check-facts.js";
 import { PAGE, PLACE_ALIGN } from "./layout.js";
+import { batchesOf, membersOf, replicasOf, shardOf, shardsOf, stageOf } from "./mesh.js";
 import { checkStages } from "./stages.js";
 import {
   type CopyQueue,
@@ -13,6 +15,7 @@ import {
   type Place,
   type RetainedDType,
   SCHEDULES,
+  type Shard,
   type Space,
   type Tape,
 } from "./types.js";
@@ -52,7 +55,7 @@ export function checkHeader(graph: Graph, tape: Tape): void {
     if (!isCount(n)) refuse(tape, -1, `${name} is ${n}`);
   if (tape.kind === "flush" && tape.update !== "forward")
     refuse(tape, -1, `a flush is for update "forward", not "${tape.update}"`);
-  if (JSON.stringify(tape.placement.stages) !== JSON.stringify(tape.stages?.of))
+  if (JSON.stringify(tape.placement.stages) !== JSON.stringify(tape.stages))
     refuse(tape, -1, "its placement is for other stages than the tape");
   if (tape.stages === undefined) return;
   try {
@@ -69,12 +72,15 @@ export function checkForm(facts: Facts, tape: Tape): void {
 class Form {
   private at = -1;
   private readonly boundaryBytes: number[][];
+  /** Micro-batches of this rank. */
+  private readonly mine: number[];
 
   constructor(
     private readonly facts: Facts,
     private readonly tape: Tape,
   ) {
     this.boundaryBytes = facts.boundaryBytes(tape.dims);
+    this.mine = batchesOf(tape.stages, tape.microBatches);
   }
 
   run(): void {
@@ -173,7 +179,17 @@ class Form {
       case "cast":
         if (layout!.computeBytes === 0) this.fail(`casts block ${i.block}, which computes in its storage dtype`);
         this.state("from", i.from, layout!.paramBytes);
-        this.state("to", i.to, layout!.computeBytes);
+        this.state(
+          "to",
+          i.to,
+          shardsOf(this.tape.stages) > 1 ? this.shardBytes("compute", i.block) : layout!.computeBytes,
+        );
+        break;
+      case "partial":
+        this.partial(i);
+        break;
+      case "reduce":
+        this.reduce(i);
         break;
       case "norm":
         this.gradient(i.block, "sums", i.sums);
@@ -209,6 +225,7 @@ class Form {
     const { block, microBatch } = i;
     if (!isCount(microBatch) || microBatch >= this.tape.microBatches)
       this.fail(`micro-batch ${microBatch} is not one of the step's ${this.tape.microBatches}`);
+    if (!this.mine.includes(microBatch)) this.fail(`micro-batch ${microBatch} is another rank's`);
     const hasLosses = facts.losses.has(block);
     if ((i.op === "turn") !== hasLosses) this.fail(`a block ${hasLosses ? "with" : "without"} losses runs as ${i.op}`);
     this.count("params", i.params, facts.owners[block]!.length);
@@ -247,7 +264,7 @@ class Form {
       this.fail(`dIn ${k} ${i.add[k] ? "adds" : "overwrites"} ${which}`);
     }
     this.state("sums", i.sums, facts.layouts[block]!.sumsBytes);
-    if (i.first !== (microBatch === 0)) this.fail(`first is ${i.first} at micro-batch ${microBatch}`);
+    if (i.first !== (microBatch === this.mine[0])) this.fail(`first is ${i.first} at micro-batch ${microBatch}`);
   }
 
   private update(i: Op<"update">): void {
@@ -288,7 +305,12 @@ class Form {
     const { stages } = this.tape;
     if (stages === undefined || !isCount(i.peer) || i.peer >= stages.ranks || i.peer === stages.rank)
       this.fail(`there is no other rank ${i.peer}`);
-    if (i.operand?.kind !== "x" && i.operand?.kind !== "dx") this.fail("only boundaries go from rank to rank");
+    if (i.operand !== undefined && "shard" in i.operand) {
+      this.exchangeShard(i, i.operand);
+      return;
+    }
+    if (i.operand?.kind !== "x" && i.operand?.kind !== "dx")
+      this.fail("only boundaries and shards go from rank to rank");
     this.operand(i.operand);
     const { block, output } = i.operand;
     const most = i.operand.kind === "x" ? 0 : this.facts.contributors[block]![output]!.length;
@@ -297,6 +319,68 @@ class Form {
     this.boundary("place", i.place, i.operand);
     if (!isCount(i.bytes, this.boundaryBytes[block]![output]!) || i.bytes > this.tape.places[i.place]!.bytes)
       this.fail(`${i.bytes} bytes are not those of the boundary`);
+  }
+
+  private exchangeShard(i: Op<"send" | "receive">, { kind, block, shard, of }: Shard): void {
+    const stages = this.tape.stages!;
+    if (this.facts.layouts[block] === undefined || !this.facts.isMine(block)) this.fail(`block ${block} is not here`);
+    if (stageOf(stages, i.peer) !== stageOf(stages)) this.fail(`rank ${i.peer} is of another stage`);
+    const most = { compute: 1, partial: membersOf(stages), reduced: replicasOf(stages) }[kind];
+    if (most === undefined) this.fail(`there are no shards of ${kind}`);
+    if (!isCount(shard) || shard >= shardsOf(stages) || !isCount(of) || of >= most || i.count !== 0)
+      this.fail(`there is no shard ${shard} of ${of}, count ${i.count}`);
+    const place = this.place("place", i.place);
+    const bytes = this.shardBytes(
+      kind,
+      block,
+      shard,
+      kind === "partial" ? this.gradientItemsize(i.bytes, block, shard) : 0,
+    );
+    if (place.space !== "device" || place.bytes !== bytes || i.bytes !== bytes)
+      this.fail(`${i.bytes} bytes of ${showRange(place)} are not those of the shard, ${bytes}`);
+  }
+
+  /** Gradients travel in one of two widths; which, their reduction says. */
+  private gradientItemsize(bytes: number, block: number, shard: number): number {
+    const narrow = this.shardBytes("partial", block, shard, 2);
+    return bytes === narrow ? 2 : this.facts.wideItemsize;
+  }
+
+  private shardBytes(
+    kind: Shard["kind"],
+    block: number,
+    shard = shardOf(this.tape.stages!),
+    itemsize = kind === "compute" ? this.facts.computeItemsize : this.facts.wideItemsize,
+  ): number {
+    const { begin, end } = this.facts.layouts[block]!.shard(shard)[kind === "compute" ? "compute" : "partial"];
+    return (end - begin) * (itemsize || (kind === "compute" ? this.facts.computeItemsize : this.facts.wideItemsize));
+  }
+
+  private partial(i: Op<"partial">): void {
+    const { facts } = this;
+    if (membersOf(this.tape.stages) === 1) this.fail("there is no other rank to share a gradient with");
+    if (!facts.isTrained(i.block)) this.fail(`block ${i.block} owns no trainable parameter`);
+    this.userSums(i.block, "sums", i.sums);
+    this.gradientDType(i.dtype);
+    this.state("to", i.to, facts.layouts[i.block]!.partialBytes(i.dtype));
+  }
+
+  private reduce(i: Op<"reduce">): void {
+    const { stages } = this.tape;
+    if (membersOf(stages) === 1) this.fail("there is no other rank to share a gradient with");
+    if (!this.facts.trains(i.block)) this.fail(`this rank holds nothing of block ${i.block} that trains`);
+    this.gradientDType(i.dtype);
+    if (i.of !== "partial" && i.of !== "reduced") this.fail(`${i.of} is nothing to reduce`);
+    this.count("parts", i.parts, i.of === "partial" ? shardsOf(stages) : replicasOf(stages));
+    const itemsize = i.of === "partial" ? dtypeBytes(i.dtype) : this.facts.wideItemsize;
+    for (const [k, p] of i.parts.entries())
+      this.state(`part ${k}`, p, this.shardBytes("partial", i.block, undefined, itemsize));
+    this.state("to", i.to, this.shardBytes("reduced", i.block));
+  }
+
+  private gradientDType(dtype: string): void {
+    const wide = this.facts.wideItemsize === 8 ? "float64" : "float32";
+    if (dtype !== wide && dtype !== "bfloat16") this.fail(`a gradient does not travel as ${dtype}`);
   }
 
   private operand(o: Operand): void {
@@ -329,6 +413,15 @@ class Form {
 
   private gradient(block: number, what: string, list: number[]): void {
     if (!this.facts.trains(block)) this.fail(`block ${block} owns no trainable parameter`);
+    if (membersOf(this.tape.stages) === 1) {
+      this.userSums(block, what, list);
+      return;
+    }
+    this.count(what, list, 1);
+    this.state(`${what} 0`, list[0]!, this.shardBytes("reduced", block));
+  }
+
+  private userSums(block: number, what: string, list: number[]): void {
     const users = this.facts.users[block]!;
     this.count(what, list, users.length);
     for (const [k, user] of users.entries()) this.state(`${what} ${k}`, list[k]!, this.facts.layouts[user]!.sumsBytes);

@@ -143,6 +143,19 @@ function accesses(facts: Facts, tape: Tape, now: number): { reads: Range[]; writ
     case "norm":
       inPlace = all(i.sums);
       break;
+    case "partial": {
+      // In place, where sums have its layout.
+      const { offset } = tape.places[i.to]!;
+      const rest = i.sums.filter((p) => tape.places[p]!.offset !== offset);
+      reads = all(rest);
+      if (rest.length === i.sums.length) writes = [range(i.to)];
+      else inPlace = [range(i.to)];
+      break;
+    }
+    case "reduce":
+      reads = all(i.parts);
+      writes = [range(i.to)];
+      break;
     case "report":
     case "agree":
     case "coefficient":

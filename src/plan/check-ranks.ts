@@ -23,7 +23,7 @@ export function checkRanks(graph: Graph, tapes: readonly Tape[], flushes?: reado
     for (const field of ["schedule", "update", "clip", "state", "microBatches", "dims"] as const)
       if (JSON.stringify(tape[field]) !== JSON.stringify(first[field]))
         refuse(tape, -1, `rank ${rank} has another ${field} than rank 0`);
-    if (JSON.stringify(tape.stages.of) !== JSON.stringify(first.stages!.of))
+    if (JSON.stringify({ ...tape.stages, rank: 0 }) !== JSON.stringify({ ...first.stages!, rank: 0 }))
       refuse(tape, -1, `rank ${rank} has other stages than rank 0`);
   }
   for (const from of tapes.keys()) for (const to of tapes.keys()) if (from !== to) checkPair(tapes, from, to);

@@ -5,9 +5,10 @@
 import type { OpName } from "../graph/schemas.js";
 import type { DType } from "../graph/types.js";
 import { dtypeBytes } from "../graph/value.js";
+import { sequenceCall, sequenceTraffic, withTransfers } from "./context.js";
 import type { SizedCall, SizedProgram, SizedValue } from "./cost-calls.js";
 import { type BlockSizes, type Cost, moving, none, plus, type Times } from "./cost-times.js";
-import type { MachineProfile } from "./profiles.js";
+import { type MachineProfile, RANK_LINK } from "./profiles.js";
 import {
   type Curve,
   formatKey,
@@ -22,7 +23,13 @@ import {
 import type { RetainedDType, StateFormat } from "./types.js";
 
 /** Timed by their sizes, not by a curve of elements. */
-type Product = "linear" | "matmul" | "scaledDotProductAttention" | "crossEntropyHead";
+type Product =
+  | "linear"
+  | "matmul"
+  | "scaledDotProductAttention"
+  | "crossEntropyHead"
+  | "ringAttention"
+  | "allToAllAttention";
 type Own = (typeof MEASURED_OPS)[number];
 /** What is timed by another op's curve, because the same kind of loop runs. */
 const LIKE: Record<Exclude<OpName, Own | Product>, Own> = {
@@ -100,6 +107,9 @@ export class MeasuredTimes implements Times {
         return this.product(call, "forward");
       case "scaledDotProductAttention":
         return { ...this.attention(call, "forward"), flops: call.flops };
+      case "ringAttention":
+      case "allToAllAttention":
+        return { ...this.overRanks(call, "forward"), flops: call.flops };
       case "crossEntropyHead":
         return this.headProducts(call, ["forward"], this.rates.logits.forward);
       case "to":
@@ -125,6 +135,9 @@ export class MeasuredTimes implements Times {
       }
       case "scaledDotProductAttention":
         return { ...this.attention(call, "backward"), flops: 2 * call.flops };
+      case "ringAttention":
+      case "allToAllAttention":
+        return { ...this.overRanks(call, "backward"), flops: 2 * call.flops };
       case "embedding": {
         const { table, rows } = this.rates.embeddingGradient;
         return moving(onCurve(table, tensors[0]!.elements) + onCurve(rows, out.elements));
@@ -241,6 +254,21 @@ export class MeasuredTimes implements Times {
     const heads = q.elements / (tokens * width);
     const grid = this.rates.attention[args[3] === null && args[5] === true ? "causal" : "masked"][pass];
     const seconds = heads * onGrid(grid, [Math.sqrt(tokens * sources), width]);
+    return { seconds, memorySeconds: 0, flops: 0 };
+  }
+
+  /** In the ring R blocks of half a square of pairs; all to all, a share of the heads over whole rows. */
+  private overRanks(call: SizedCall, pass: "forward" | "backward"): Cost {
+    const { kind, ranks, shape } = sequenceCall(call)!;
+    const grid = this.rates.attention[shape.documents ? "masked" : "causal"][pass];
+    const heads = shape.batch * shape.heads;
+    const side = shape.documents ? shape.tokens / Math.SQRT2 : shape.tokens;
+    const compute =
+      kind === "ring"
+        ? heads * ranks * onGrid(grid, [side, shape.headDim])
+        : (heads / ranks) * onGrid(grid, [shape.tokens * ranks, shape.headDim]);
+    const bytes = sequenceTraffic(kind, ranks, shape)[pass];
+    const seconds = withTransfers(kind, ranks, compute, bytes / (this.profile.rankLink ?? RANK_LINK));
     return { seconds, memorySeconds: 0, flops: 0 };
   }
 

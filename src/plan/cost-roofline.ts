@@ -4,9 +4,10 @@
  */
 import type { OpName } from "../graph/schemas.js";
 import type { DType } from "../graph/types.js";
+import { sequenceCall, sequenceTraffic, withTransfers } from "./context.js";
 import type { SizedCall } from "./cost-calls.js";
 import { type BlockSizes, type Cost, moving, none, plus, type Times } from "./cost-times.js";
-import type { GemmRate, MachineProfile } from "./profiles.js";
+import { type GemmRate, type MachineProfile, RANK_LINK } from "./profiles.js";
 import type { RetainedDType, StateFormat } from "./types.js";
 
 const VIEWS: ReadonlySet<OpName> = new Set([
@@ -81,8 +82,9 @@ export class Roofline implements Times {
     const rows = op === "crossEntropyHead" ? tensors[0]!.shape[0]! : out.elements / (out.shape.at(-1) ?? 1);
     const matrix = rate.flops * (rows / (rows + rate.halfRows));
     const flops = call.flops * arithmetic;
+    const over = sequenceCall(call);
     const speed =
-      op === "scaledDotProductAttention"
+      op === "scaledDotProductAttention" || over !== null
         ? rate.flops * profile.attention
         : op === "linear" || op === "matmul" || op === "crossEntropyHead"
           ? matrix
@@ -93,7 +95,11 @@ export class Roofline implements Times {
       moved += op === "embedding" || op === "indexSelect" ? Math.min(t.bytes, out.bytes) : t.bytes;
     if (op === "crossEntropyHead") moved += (tensors[0]!.shape[0]! * tensors[1]!.shape[0]! * 16) / traffic;
     const memory = (moved * traffic) / profile.deviceMemory;
-    const seconds = Math.max(flops / speed, memory, profile.operatorSeconds);
+    let seconds = Math.max(flops / speed, memory, profile.operatorSeconds);
+    if (over !== null) {
+      const bytes = sequenceTraffic(over.kind, over.ranks, over.shape)[arithmetic === 1 ? "forward" : "backward"];
+      seconds = withTransfers(over.kind, over.ranks, seconds, bytes / (profile.rankLink ?? RANK_LINK));
+    }
     return { seconds, memorySeconds: memory >= flops / speed ? seconds : 0, flops };
   }
 }

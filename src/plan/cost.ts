@@ -3,11 +3,13 @@
  * tables (cost-measured.ts) where the machine has been measured, else by large rates alone (cost-roofline.ts).
  */
 import type { Graph } from "../graph/types.js";
+import { dtypeBytes } from "../graph/value.js";
 import { sizedProgram } from "./cost-calls.js";
 import { MeasuredTimes } from "./cost-measured.js";
 import { Roofline } from "./cost-roofline.js";
-import { type BlockSizes, type Cost, none, plus, type Times } from "./cost-times.js";
+import { type BlockSizes, type Cost, moving, none, plus, type Times } from "./cost-times.js";
 import { type BlockLayout, blockLayouts } from "./layout.js";
+import { membersOf, shardOf } from "./mesh.js";
 import { type MachineProfile, RANK_LINK } from "./profiles.js";
 import type { Instruction, Tape } from "./types.js";
 import { queueOf } from "./waits.js";
@@ -36,11 +38,11 @@ export class CostModel {
 
   constructor(
     private readonly graph: Graph,
-    private readonly tape: Pick<Tape, "state" | "recompute" | "kept">,
+    private readonly tape: Pick<Tape, "state" | "recompute" | "kept" | "stages">,
     private readonly dims: Readonly<Record<string, number>>,
     private readonly profile: MachineProfile,
   ) {
-    this.layouts = blockLayouts(graph, tape.state);
+    this.layouts = blockLayouts(graph, tape.state, tape.stages);
     const dtype = graph.dtype ?? "float32";
     const { measured } = profile;
     this.times = measured === undefined ? new Roofline(profile, dtype) : new MeasuredTimes(measured, profile, dtype);
@@ -66,17 +68,31 @@ export class CostModel {
         return times.cast(this.sizes(i.block));
       case "norm":
         return times.norm(this.sizes(i.block), i.sums.length);
+      case "partial": {
+        // In place where sums are the gradient.
+        const layout = this.layouts[i.block]!;
+        const read = i.sums.length * layout.partialBytes(this.graph.dtype === "float64" ? "float64" : "float32");
+        return i.sums.includes(i.to) ? none : moving((read + layout.partialBytes(i.dtype)) / this.profile.deviceMemory);
+      }
+      case "reduce": {
+        const { begin, end } = this.layouts[i.block]!.shard(shardOf(this.tape.stages!)).partial;
+        const bytes = i.parts.length * dtypeBytes(i.dtype) + dtypeBytes("float32");
+        return moving(((end - begin) * bytes) / this.profile.deviceMemory);
+      }
       case "report":
       case "agree":
       case "coefficient":
         return none;
       case "send":
-      case "receive":
+      case "receive": {
+        // What is gathered or reduced goes to all others at once, over one link.
+        const atOnce = "shard" in i.operand ? membersOf(this.tape.stages) - 1 : 1;
         return {
-          seconds: i.bytes / (this.profile.rankLink ?? RANK_LINK) + this.profile.copySeconds,
+          seconds: (atOnce * i.bytes) / (this.profile.rankLink ?? RANK_LINK) + this.profile.copySeconds,
           memorySeconds: 0,
           flops: 0,
         };
+      }
       case "pack":
         return times.pack(this.sizes(i.block), i.dtype, this.layouts[i.block]!.retainedBytes(i.dtype));
       case "update": {

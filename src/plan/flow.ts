@@ -2,6 +2,7 @@
 import { StromaError } from "../errors.js";
 import type { Graph, Program, Source } from "../graph/types.js";
 import { ownersOf, usersOf } from "./layout.js";
+import { stageOf } from "./mesh.js";
 import type { Stages } from "./types.js";
 
 /** Throws TAPE for a graph that does not train, or a block that returns a loss beside something else. */
@@ -60,7 +61,7 @@ export class Flow {
   }
 
   isMine(b: number): boolean {
-    return this.stages === undefined || this.stages.of[b] === this.stages.rank;
+    return this.stages === undefined || this.stages.of[b] === stageOf(this.stages);
   }
   sources(b: number): Source[] {
     return this.graph.blocks[b]!.inputs;

@@ -6,6 +6,7 @@
  * Two ranks meet in the sender's order: the k-th send meets the k-th receive.
  */
 import { Flow } from "./flow.js";
+import { groupsOf, rankAt, sharersOf } from "./mesh.js";
 import type { Policy } from "./policy.js";
 import type { Boundary } from "./types.js";
 import { visitsOf } from "./visits.js";
@@ -81,22 +82,26 @@ const keyOf = (forward: boolean, block: number, microBatch: number): string =>
 /** All crossings, in one order that every rank derives alike. */
 function crossings(flow: Flow, { microBatches, stages, schedule, update }: Ordered): Crossing[] {
   const whole = new Flow(flow.graph);
-  const rankOf = (b: number) => stages!.of[b]!;
+  // Every rank of a context crosses with its own counterpart, which has the same share of the rows.
+  const places = sharersOf(stages);
+  const rankOf = (b: number, m: number, place: number) =>
+    rankAt(stages!, stages!.of[b]!, (m % groupsOf(stages)) * places + place);
   const result: Crossing[] = [];
   const firstRead = firstReads(flow.graph, { microBatches, stages: stages!, schedule, update });
   for (const b of flow.graph.blocks.keys()) {
     for (const output of whole.programs[b]!.outputs.keys()) {
       const stops = contributors(whole, b, output);
       if (stops.length > 0 && whole.hasBackward(b)) stops.push({ block: b, adds: 0 });
-      for (let m = 0; m < microBatches; m++) {
+      for (let turn = 0; turn < microBatches * places; turn++) {
+        const [m, place] = [Math.floor(turn / places), turn % places];
         const at = { block: b, output, microBatch: m };
         for (let r = 0; r < stages!.ranks; r++) {
           const reader = firstRead.get(`${r} ${b}:${output} ${m}`);
-          if (r === rankOf(b) || reader === undefined) continue;
+          if (r % places !== place || r === rankOf(b, m, place) || reader === undefined) continue;
           result.push({
             operand: { kind: "x", ...at },
             count: 0,
-            from: { rank: rankOf(b), key: keyOf(true, b, m) },
+            from: { rank: rankOf(b, m, place), key: keyOf(true, b, m) },
             to: { rank: r, key: reader },
           });
         }
@@ -104,12 +109,12 @@ function crossings(flow: Flow, { microBatches, stages, schedule, update }: Order
         for (const [k, stop] of stops.entries()) {
           const next = stops[k + 1];
           count += stop.adds;
-          if (next === undefined || rankOf(next.block) === rankOf(stop.block)) continue;
+          if (next === undefined || rankOf(next.block, m, place) === rankOf(stop.block, m, place)) continue;
           result.push({
             operand: { kind: "dx", ...at },
             count,
-            from: { rank: rankOf(stop.block), key: keyOf(false, stop.block, m) },
-            to: { rank: rankOf(next.block), key: keyOf(false, next.block, m) },
+            from: { rank: rankOf(stop.block, m, place), key: keyOf(false, stop.block, m) },
+            to: { rank: rankOf(next.block, m, place), key: keyOf(false, next.block, m) },
           });
         }
       }

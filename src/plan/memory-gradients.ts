@@ -3,6 +3,7 @@
  * tools/autograd/derivatives.yaml and FunctionsManual.cpp (2.13). A missing row is a type error.
  */
 import type { OpName } from "../graph/schemas.js";
+import { sequenceCall } from "./context.js";
 import type { SizedCall, SizedValue } from "./cost-calls.js";
 
 /** The gradient of one tensor argument. */
@@ -118,10 +119,25 @@ export const gradients: Readonly<Record<OpName, Row>> = {
     const temporary = device === "cuda" ? sums + expanded : 0;
     return [...own(k), ...own(v), ...own(q, temporary)];
   },
+  // Two blocks of keys and values on their way, three of their gradients' sums, wide; the queries' sum, where it is wider.
+  ringAttention: (call) => {
+    const [q, k, v] = call.tensors as [SizedValue, SizedValue, SizedValue];
+    const wide = wideBytes(q);
+    const sums = 3 * wide * (k.elements + v.elements) + (wide * q.elements > q.bytes ? wide * q.elements : 0);
+    return [...own(k), ...own(v), ...own(q, 2 * (k.bytes + v.bytes) + sums)];
+  },
+  // The gradients of whole rows, and each again as it comes back in parts.
+  allToAllAttention: (call) => {
+    const [q, k, v] = call.tensors as [SizedValue, SizedValue, SizedValue];
+    return [...own(k, k.bytes), ...own(v, v.bytes), ...own(q, 2 * q.bytes)];
+  },
   // Made in the forward and held: handed over as they are.
   crossEntropyHead: (call) => [0, 1, 2].flatMap((i) => shared(argument(call, i))),
   dropout: unary(),
 };
+
+/** Of the dtype that sums are made in. */
+const wideBytes = (t: SizedValue): number => (t.dtype === "float64" ? 8 : 4);
 
 /** Attention makes a bool mask additive, in the queries' dtype, and saves that one. */
 export function additiveMask(call: SizedCall): { of: number; bytes: number } | null {
@@ -143,6 +159,19 @@ export function forwardTemporary(call: SizedCall, grad: boolean): number {
     }
     case "dropout":
       return call.out.bytes;
+    case "ringAttention": {
+      // Two blocks of keys and values, the result so far, wide, and one block's part of it.
+      const [, k, v] = call.tensors as [SizedValue, SizedValue, SizedValue];
+      return 2 * (k.bytes + v.bytes) + call.out.elements * wideBytes(call.out) + call.out.bytes;
+    }
+    case "allToAllAttention": {
+      // Parts on their way in and joined, and of the result on its way back; a document mask, bool twice and additive.
+      const { shape, ranks } = sequenceCall(call)!;
+      const size = call.out.bytes / call.out.elements;
+      const row = shape.batch * shape.tokens * size;
+      const mask = shape.documents ? shape.batch * (ranks * shape.tokens) ** 2 * (2 + (grad ? 0 : size)) : 0;
+      return mask + row * (shape.heads * (shape.headDim + shape.valueDim) + 2 * shape.kvHeads * shape.headDim);
+    }
     default:
       return 0;
   }

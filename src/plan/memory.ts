@@ -235,7 +235,7 @@ class Pass {
 
   /** Attention writes [B, T, N, H] underneath; elementwise results lie as their first full operand does. */
   private freshStrides({ op, out, tensors }: SizedCall): number[] {
-    if (op === "scaledDotProductAttention") {
+    if (op === "scaledDotProductAttention" || op === "ringAttention" || op === "allToAllAttention") {
       const [, n, t, h] = out.shape as [number, number, number, number];
       return [t * n * h, h, n * h, 1];
     }

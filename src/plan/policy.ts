@@ -1,8 +1,19 @@
 /** What a tape is written from, and which combinations make no sense. */
 import { StromaError } from "../errors.js";
+import { contextOf } from "../graph/context.js";
 import type { Graph } from "../graph/types.js";
-import { checkStages, isContiguous } from "./stages.js";
-import type { Clip, Recompute, RetainedDType, Schedule, Stages, StateFormat, UpdateOrder } from "./types.js";
+import { groupsOf, shardsOf, sharersOf, stageCount } from "./mesh.js";
+import { checkStages, isContiguous, stretchesOf } from "./stages.js";
+import type {
+  Clip,
+  GradientDType,
+  Recompute,
+  RetainedDType,
+  Schedule,
+  Stages,
+  StateFormat,
+  UpdateOrder,
+} from "./types.js";
 
 export type Space3 = "device" | "host" | "disk";
 /** One place for all blocks, or one for each. */
@@ -33,6 +44,8 @@ export interface Policy {
   parts: number;
   /** Blocks over ranks, and which rank's tape is to be written. Absent: one rank. Boundaries then need places. */
   stages?: Stages;
+  /** What gradients travel as between the members of a stage. Default: as wide as they are summed. */
+  reduceDType?: GradientDType;
 }
 
 export const homeOf = (home: Home, block: number): Space3 => (typeof home === "string" ? home : home(block));
@@ -50,11 +63,37 @@ export function checkPolicy(graph: Graph, policy: Policy): void {
   if (boundary !== "slot" && dims === null)
     refuse(`boundaries on ${boundary} need the largest value of every dim. Give dims, or boundary "slot"`);
   if (policy.stages !== undefined) checkStages(graph, policy.stages);
-  if (policy.stages !== undefined && policy.schedule === "oneForwardOneBackward" && !isContiguous(graph, policy.stages))
+  if (policy.stages !== undefined && policy.schedule === "oneForwardOneBackward") {
+    const interleaved = stretchesOf(policy.stages) !== null;
+    if (!interleaved && !isContiguous(graph, policy.stages))
+      refuse(
+        'schedule "oneForwardOneBackward" is for stages of neighbouring blocks: others would wait for each other for ever. ' +
+          'Take stages "contiguous" or "interleaved", or another order',
+      );
+    const [count, groups] = [stageCount(policy.stages), groupsOf(policy.stages)];
+    const each = microBatches / groups;
+    if (interleaved && each % count !== 0)
+      refuse(
+        `${count} interleaved stages take as many micro-batches at a time, and ${each} / ${count} is no whole number. ` +
+          `Accumulate over a multiple of ${count * groups}, or take stages "contiguous"`,
+      );
+  }
+  const groups = groupsOf(policy.stages);
+  if (groups > microBatches)
     refuse(
-      'schedule "oneForwardOneBackward" is for stages of neighbouring blocks: others would wait for each other for ever. ' +
-        'Take stages "contiguous", or another order',
+      `each of ${groups} ranks of a stage needs a micro-batch of its own, and there are ${microBatches}. ` +
+        "Accumulate over more micro-batches, or take fewer shards",
     );
+  if (shardsOf(policy.stages) > 1 && policy.schedule !== "breadthFirst" && microBatches % groups !== 0)
+    refuse(
+      `in order "${policy.schedule}" each micro-batch gathers every block, so all ranks need equally many, and ` +
+        `${microBatches} / ${groups} is no whole number. Accumulate over a multiple of ${groups}, or go breadth-first`,
+    );
+  const [sharers, meant] = [sharersOf(policy.stages), contextOf(graph)?.ranks ?? 1];
+  if (policy.stages !== undefined && sharers !== meant)
+    refuse(`the graph is for rows that ${meant} ranks share, and in the stages ${sharers} do`);
+  if (policy.reduceDType === "float64" && graph.dtype !== "float64")
+    refuse(`gradients of a ${graph.dtype} graph are summed in float32: they do not travel as float64`);
   if (policy.stages !== undefined && boundary === "slot")
     refuse('ranks exchange boundaries of a known size. Give dims, and boundary "device", "host" or "disk"');
   if (update === "backward" && clip === "global")

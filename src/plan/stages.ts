@@ -7,20 +7,31 @@ import { programCost } from "../graph/costs.js";
 import { evaluate } from "../graph/dims.js";
 import type { Graph } from "../graph/types.js";
 import { ownersOf } from "./layout.js";
+import { membersOf, replicasOf, shardsOf, sharersOf, stageCount } from "./mesh.js";
 import type { Stages } from "./types.js";
 
 /**
  * alternating: block b on rank b mod R. Breadth-first, all ranks are busy nearly always (TAPE.md, section 4).
  * contiguous: a stretch of blocks each, as equal in work as they can be. Fewest boundaries cross; breadth-first, ranks
  * wait for each other, so it is for the schedules that keep several micro-batches under way.
+ * interleaved: two such stretches each, dealt out in turn: for one forward, one backward with half the bubble.
  */
-export type StageRule = "alternating" | "contiguous";
-export const STAGE_RULES = ["alternating", "contiguous"] as const satisfies readonly StageRule[];
+export type StageRule = "alternating" | "contiguous" | "interleaved";
+export const STAGE_RULES = ["alternating", "contiguous", "interleaved"] as const satisfies readonly StageRule[];
+/** Stretches of a stage. */
+const INTERLEAVED = 2;
 
-/** Blocks that share a parameter (tied embeddings) go where the first of them is. Throws CONFIG for too many ranks. */
+/**
+ * By block, one of so many stages. Blocks that share a parameter (tied embeddings) go where the first of them is. Throws
+ * CONFIG for too many.
+ */
 export function assignStages(graph: Graph, ranks: number, rule: StageRule = "alternating"): number[] {
   const blocks = graph.blocks.length;
-  const of = rule === "alternating" ? graph.blocks.map((_, b) => b % ranks) : contiguous(workOf(graph), ranks);
+  const stretches = rule === "interleaved" ? Math.max(1, Math.min(INTERLEAVED, Math.floor(blocks / ranks))) : 1;
+  const of =
+    rule === "alternating"
+      ? graph.blocks.map((_, b) => b % ranks)
+      : contiguous(workOf(graph), ranks * stretches).map((stretch) => stretch % ranks);
   for (let b = 0; b < blocks; b++) {
     const first = tiedTo(graph, b);
     if (first !== null) of[b] = of[first]!;
@@ -30,7 +41,8 @@ export function assignStages(graph: Graph, ranks: number, rule: StageRule = "alt
 }
 
 /** Throws CONFIG for ranks without work, and for a parameter that two ranks would use. */
-export function checkStages(graph: Graph, { rank, ranks, of }: Stages): void {
+export function checkStages(graph: Graph, stages: Stages): void {
+  const { rank, ranks, of } = stages;
   const refuse = (why: string) => {
     throw new StromaError("CONFIG", `[plan] ${why}`);
   };
@@ -38,18 +50,30 @@ export function checkStages(graph: Graph, { rank, ranks, of }: Stages): void {
   if (!Number.isSafeInteger(rank) || rank < 0 || rank >= ranks) refuse(`there is no rank ${rank} of ${ranks}`);
   if (of.length !== graph.blocks.length)
     refuse(`expected a rank for each of ${graph.blocks.length} blocks, got ${of.length}`);
+  for (const [what, n] of Object.entries({ shards: shardsOf(stages), replicas: replicasOf(stages) }))
+    if (!Number.isSafeInteger(n) || n < 1) refuse(`expected at least 1 of ${what}, got ${n}`);
+  const members = membersOf(stages);
+  const context = sharersOf(stages);
+  if (!Number.isSafeInteger(context) || context < 1 || members % context !== 0)
+    refuse(`rows are shared by a divisor of the ${members} ranks (shards x replicas) of a stage, not ${context}`);
+  const count = ranks / members;
+  if (!Number.isSafeInteger(count))
+    refuse(
+      `${ranks} ranks are no whole number of stages of ${members} (shards x replicas) each: ${ranks} / ${members}`,
+    );
+  const one = members === 1 ? "rank" : "stage";
   for (const [b, r] of of.entries()) {
-    if (!Number.isSafeInteger(r) || r < 0 || r >= ranks)
-      refuse(`block ${graph.blocks[b]!.name} is on rank ${r}, and there are ${ranks}`);
+    if (!Number.isSafeInteger(r) || r < 0 || r >= count)
+      refuse(`block ${graph.blocks[b]!.name} is on ${one} ${r}, and there are ${count}`);
     for (const owner of ownersOf(graph, b))
       if (of[owner] !== r)
         refuse(
-          `blocks ${graph.blocks[owner]!.name} and ${graph.blocks[b]!.name} share a parameter: give them one rank`,
+          `blocks ${graph.blocks[owner]!.name} and ${graph.blocks[b]!.name} share a parameter: give them one ${one}`,
         );
   }
-  for (let r = 0; r < ranks; r++)
+  for (let r = 0; r < count; r++)
     if (!of.includes(r))
-      refuse(`rank ${r} of ${ranks} would have no block of ${graph.model}, which has ${of.length}. Take fewer ranks`);
+      refuse(`${one} ${r} of ${count} would have no block of ${graph.model}, which has ${of.length}. Take fewer ranks`);
 }
 
 /** Whether no forward of a rank needs one of a rank that begins behind it. A loss may lie anywhere. */
@@ -57,6 +81,24 @@ export function isContiguous(graph: Graph, { of }: Stages): boolean {
   const losses = new Set(graph.losses.map((l) => l.block));
   const firsts = of.map((rank) => of.indexOf(rank)).filter((_, b) => !losses.has(b));
   return firsts.every((first, i) => i === 0 || first >= firsts[i - 1]!);
+}
+
+/**
+ * By block, which of its stage's stretches it is in, where stages take their turns 0, 1, ..., R - 1 equally often, more
+ * than once; null otherwise. With a head that is tied to the embedding on the first stage, ranks would wait for each other.
+ */
+export function stretchesOf(stages: Stages): number[] | null {
+  const { of } = stages;
+  const count = stageCount(stages);
+  const stretch: number[] = [];
+  let [at, stage] = [0, -1];
+  for (const next of of) {
+    if (next === stage + 1) stage = next;
+    else if (next === 0 && stage === count - 1 && count > 1) [at, stage] = [at + 1, 0];
+    else if (next !== stage) return null;
+    stretch.push(at);
+  }
+  return at > 0 && stage === count - 1 ? stretch : null;
 }
 
 /** The earlier block whose parameter b uses; null: b stands for itself. */

@@ -8,9 +8,13 @@
  * Operands
  *   param(b)         what block b owns, as stored: trainable tensors, then frozen ones. Version t after t updates.
  *   state(b)         optimizer state and master weights of b's trainable tensors. Same versions.
- *   compute(b)       param(b) in the graph's dtype, where it is stored in another (written by `cast`).
+ *   compute(b)       param(b) in the graph's dtype, where it is stored in another (written by `cast`) or in shards: then
+ *                    of all of them, this rank's by `cast`, the others' as they arrive.
  *   sums(b)          fp32 (fp64) gradient sums of every trainable parameter that b *uses*, over micro-batches 0..m.
+ *   partial(b)       with shards: gradient of b's owned parameters by this rank's micro-batches, as wide as what travels.
+ *   reduced(b)       with shards: the rank's shard of the gradient by the micro-batches of all ranks of the stage.
  *   retained(b)      gradient of b's owned parameters kept for an update in the next step, in its own dtype.
+ * With shards param, state and retained are the rank's own shard.
  *   x(b, o, m)       boundary: output o of block b for micro-batch m.
  *   dx(b, o, m)      its gradient.
  * A block may use parameters that an earlier block owns (tied weights): its passes then read several param(owner).
@@ -21,7 +25,9 @@ import type { DType } from "../graph/types.js";
  * depthFirst: each micro-batch through all blocks. breadthFirst: all micro-batches through a block, then the next.
  * oneForwardOneBackward: as depthFirst, but a rank that is s stages before the last lets s forwards run ahead of its
  * backwards, so that contiguous stages all work at once (PipeDream-flush, arXiv 2006.09503; its bubble is
- * (R - 1) / (M + R - 1)). On one rank it is depthFirst.
+ * (R - 1) / (M + R - 1)). On one rank it is depthFirst. Over interleaved stages, each of v stretches of blocks, it is that
+ * of Narayanan et al., arXiv 2104.04473, section 2.2: R micro-batches through one stretch, then through the next; its
+ * bubble is v times smaller.
  */
 export type Schedule = "depthFirst" | "breadthFirst" | "oneForwardOneBackward";
 export const SCHEDULES = ["breadthFirst", "depthFirst", "oneForwardOneBackward"] as const satisfies readonly Schedule[];
@@ -38,6 +44,8 @@ export type Recompute = "all" | "none" | "selective";
 export type UpdateOrder = "end" | "backward" | "forward";
 /** global: one coefficient from all gradients. block: each block by its own norm. none: norms are only reported. */
 export type Clip = "none" | "block" | "global";
+/** What a gradient is on its way between ranks; float64 in a float64 graph only. */
+export type GradientDType = "float32" | "float64" | "bfloat16";
 /** What a retained gradient is stored as; dynamic8: the signed 8-bit dynamic map with a float32 absmax for each 256. */
 export type RetainedDType = "float32" | "float64" | "bfloat16" | "dynamic8";
 export type MasterWeight = "none" | "split16" | "float32";
@@ -62,12 +70,24 @@ export type CopyQueue = "in" | "out" | "load" | "save";
 /** send, receive: to and from other ranks. */
 export type Queue = "compute" | CopyQueue | "send" | "receive";
 
-/** Blocks over ranks: a rank holds the state of its blocks and runs their passes. `rank`: whose tape this is. */
+/**
+ * Blocks, micro-batches and rows over ranks. A stage is `shards` x `replicas` ranks (1 x 1: one) that run the same blocks
+ * and add up their gradients: each on micro-batches of its own, which `context` neighbours share, a part of each row for
+ * one. State is cut over `shards` ranks and the same on `replicas` of them. Rank = (stage x replicas + replica) x shards +
+ * shard, so that shards are neighbours on a machine.
+ */
 export interface Stages {
+  /** Whose tape this is. */
   rank: number;
   ranks: number;
-  /** By block. Blocks that share a parameter have one rank. */
+  /** By block: its stage. Blocks that share a parameter have one. */
   of: number[];
+  /** Default 1. */
+  shards?: number;
+  /** Default 1. */
+  replicas?: number;
+  /** Ranks that share rows: a divisor of shards x replicas. The graph is then one of a context. Default 1. */
+  context?: number;
 }
 
 export interface Boundary {
@@ -77,6 +97,11 @@ export interface Boundary {
   microBatch: number;
 }
 export type Operand = { kind: "param" | "state" | "retained"; block: number } | Boundary;
+/**
+ * What ranks of one stage exchange: a shard of compute(block); a shard of a rank's own gradient (`of`: the member of the
+ * stage whose it is); a shard of the gradient summed over the shards' ranks (`of`: the replica).
+ */
+export type Shard = { kind: "compute" | "partial" | "reduced"; block: number; shard: number; of: number };
 
 /**
  * Positions of instructions on *other* queues that must have completed before this one begins. Instructions of one
@@ -127,6 +152,16 @@ export type Instruction = Waiting &
      */
     | { op: "norm"; block: number; sums: P[] }
     /**
+     * With shards: sums, as norm's -> partial(block). Tied uses are added here; what no micro-batch reached is zero. `to`
+     * may be the very place of the sums.
+     */
+    | { op: "partial"; block: number; sums: P[]; to: P; dtype: GradientDType }
+    /**
+     * With shards: parts, by member of the stage (or, of what is reduced already, by replica) and added in this order ->
+     * reduced(block), in fp32 (fp64).
+     */
+    | { op: "reduce"; block: number; parts: P[]; to: P; dtype: GradientDType; of: "partial" | "reduced" }
+    /**
      * With ranks and update on backward. report: tells the others, after the last forward or turn, whether all went well
      * here; waits for nobody. agree: before the first update, hears the same of all, and carries on as they do.
      */
@@ -149,10 +184,10 @@ export type Instruction = Waiting &
      */
     | { op: "copy"; queue: CopyQueue; operand: Operand; from: P; to: P; at: number; bytes: number }
     /**
-     * A boundary from one rank to another: the first `bytes` of the place. The k-th send from A to B meets the k-th
-     * receive of B from A. `count`: contributions that a gradient holds on the way; 0 for x.
+     * From one rank to another: the first `bytes` of the place. The k-th send from A to B meets the k-th receive of B
+     * from A. `count`: contributions that a boundary's gradient holds on the way; 0 for all else.
      */
-    | { op: "send" | "receive"; operand: Boundary; count: number; peer: number; place: P; bytes: number }
+    | { op: "send" | "receive"; operand: Boundary | Shard; count: number; peer: number; place: P; bytes: number }
   );
 
 export interface Arenas {
@@ -164,10 +199,10 @@ export interface Arenas {
 /** Where the state of every block lives between steps; the same in every tape of a session. */
 export interface Placement {
   arenas: Arenas;
-  /** By block; null where the block owns no parameter (state: none that is trainable), or is another rank's. */
+  /** By block; null where the block (with shards: this one) has no parameter, state: none that is trainable. */
   homes: { param: Place | null; state: Place | null }[];
-  /** With ranks, by block: the rank whose it is. */
-  stages?: number[];
+  /** With ranks. */
+  stages?: Stages;
 }
 
 /** How parameters and optimizer state are stored: what layout.ts turns into bytes. */

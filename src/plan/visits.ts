@@ -3,7 +3,10 @@
  * all micro-batches breadth-first, one of them depth-first.
  */
 import type { Flow } from "./flow.js";
+import { batchesOf, stageCount, stageOf } from "./mesh.js";
 import type { Policy } from "./policy.js";
+import { stretchesOf } from "./stages.js";
+import type { Stages } from "./types.js";
 
 export interface Pass {
   op: "forward" | "turn" | "backward";
@@ -27,7 +30,7 @@ export interface Visit {
 export function visitsOf(flow: Flow, policy: Pick<Policy, "schedule" | "update" | "microBatches" | "stages">): Visit[] {
   const { schedule, update, microBatches } = policy;
   const visits: Visit[] = [];
-  const all = [...Array(microBatches).keys()];
+  const all = batchesOf(flow.stages, microBatches);
   let index = 0;
   const visit = (way: "forward" | "backward", block: number, batches: number[]) => {
     const op: Pass["op"] = way === "backward" && flow.isTurn(block) ? "turn" : way;
@@ -40,14 +43,19 @@ export function visitsOf(flow: Flow, policy: Pick<Policy, "schedule" | "update" 
   const backward = (batches: number[]) => {
     for (const b of flow.backwards) visit("backward", b, batches);
   };
+  const stretches = schedule === "oneForwardOneBackward" && flow.stages !== undefined ? stretchesOf(flow.stages) : null;
   if (schedule === "breadthFirst") {
     forward(all);
     backward(all);
+  } else if (stretches !== null) {
+    for (const { way, stretch, batch } of interleaved(flow.stages!, Math.max(...stretches) + 1, all))
+      for (const b of way === "forward" ? flow.forwards : flow.backwards)
+        if (stretches[b] === stretch) visit(way, b, [batch]);
   } else {
-    const ahead = schedule === "depthFirst" ? 0 : Math.min(microBatches - 1, stagesAfter(flow));
-    for (let m = 0; m < microBatches + ahead; m++) {
-      if (m < microBatches) forward([m]);
-      if (m >= ahead) backward([m - ahead]);
+    const ahead = schedule === "depthFirst" ? 0 : Math.min(all.length - 1, stagesAfter(flow));
+    for (let i = 0; i < all.length + ahead; i++) {
+      if (i < all.length) forward([all[i]!]);
+      if (i >= ahead) backward([all[i - ahead]!]);
     }
   }
   for (const b of flow.trained) {
@@ -63,11 +71,37 @@ export function visitsOf(flow: Flow, policy: Pick<Policy, "schedule" | "update" 
   return visits;
 }
 
-/** Ranks whose first block comes behind that of the flow's own. */
+/**
+ * One forward, one backward over stages of `count` stretches each: R micro-batches through a stretch, then through the next
+ * one. The forwards that run ahead: as in Megatron-LM, two for each stage behind, and R for every stretch but the last.
+ */
+function interleaved(
+  stages: Stages,
+  count: number,
+  batches: readonly number[],
+): { way: "forward" | "backward"; stretch: number; batch: number }[] {
+  const R = stageCount(stages);
+  const all = batches.length * count;
+  const step = (way: "forward" | "backward", k: number) => {
+    const turn = Math.floor((k % (R * count)) / R);
+    const stretch = way === "forward" ? turn : count - 1 - turn;
+    return { way, stretch, batch: batches[Math.floor(k / (R * count)) * R + (k % R)]! };
+  };
+  const ahead = Math.min(all - 1, 2 * (R - stageOf(stages) - 1) + (count - 1) * R);
+  const steps = [];
+  for (let k = 0; k < all + ahead; k++) {
+    if (k < all) steps.push(step("forward", k));
+    if (k >= ahead) steps.push(step("backward", k - ahead));
+  }
+  return steps;
+}
+
+/** Stages whose first block comes behind that of the flow's own. */
 function stagesAfter({ stages }: Flow): number {
   if (stages === undefined) return 0;
-  const { of, ranks, rank } = stages;
-  return [...Array(ranks).keys()].filter((r) => of.indexOf(r) > of.indexOf(rank)).length;
+  const { of } = stages;
+  const own = of.indexOf(stageOf(stages));
+  return [...Array(stageCount(stages)).keys()].filter((stage) => of.indexOf(stage) > own).length;
 }
 
 /** Visits that only carry out what the last step retained. */

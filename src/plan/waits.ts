@@ -53,8 +53,13 @@ export function accesses(i: Instruction, places: readonly Place[], see: See): vo
       // Tied uses are added into sums of the first user.
       each(i.sums, true, places, see);
       break;
+    case "partial":
     case "pack":
       each(i.sums, false, places, see);
+      whole(i.to, true, places, see);
+      break;
+    case "reduce":
+      each(i.parts, false, places, see);
       whole(i.to, true, places, see);
       break;
     case "update":

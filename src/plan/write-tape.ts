@@ -5,6 +5,9 @@
  * Rules that make every tape mean the same numbers: micro-batches enter the sums in index order, the first overwrites;
  * consumers of a boundary add to its gradient in the order in which their backwards run, last block first; an update
  * stands after the norms that its coefficient needs and before any pass of the next version.
+ *
+ * With shards a block is gathered before its visit and its gradient reduced behind it, each beside the passes of a
+ * neighbouring visit (sharding.ts).
  */
 import type { Graph } from "../graph/types.js";
 import { Buffers } from "./arena.js";
@@ -13,9 +16,11 @@ import { Flow } from "./flow.js";
 import { type BlockLayout, blockLayouts, PAGE, roundUp } from "./layout.js";
 import { links } from "./links.js";
 import { pushAt } from "./lists.js";
+import { batchesOf, membersOf, shardsOf } from "./mesh.js";
 import { checkPolicy, homeOf, type Policy } from "./policy.js";
 import { keptOf } from "./selective.js";
-import type { Boundary, CopyQueue, Instruction, Operand, P, Placement, Tape } from "./types.js";
+import { Sharding } from "./sharding.js";
+import type { Boundary, CopyQueue, Instruction, Operand, P, Placement, Shard, Tape } from "./types.js";
 import { flushVisits, type Pass, type Visit, visitsOf } from "./visits.js";
 import { accesses, deriveWaits } from "./waits.js";
 
@@ -28,7 +33,7 @@ export type { Home, Policy, Space3 } from "./policy.js";
 export function writeTape(graph: Graph, policy: Policy): { step: Tape; flush: Tape | null } {
   checkPolicy(graph, policy);
   const flow = new Flow(graph, policy.stages);
-  const layouts = blockLayouts(graph, policy.state);
+  const layouts = blockLayouts(graph, policy.state, policy.stages);
   const step = new Writer(flow, policy, layouts).write(visitsOf(flow, policy), "step");
   if (policy.update !== "forward") return { step, flush: null };
   const flush = new Writer(flow, policy, layouts).write(flushVisits(flow), "flush");
@@ -65,13 +70,21 @@ class Writer {
   private readonly here: Record<Kind, P[]> = { param: [], state: [], retained: [] };
   private readonly compute: P[] = [];
   private readonly sums: P[] = [];
-  /** By visit: owners whose compute copy is written there, and the copies from disk and to the device that begin there. */
+  /** By visit: owners whose compute copy is written for it, and where that is: with shards ahead of it. */
   private readonly casts: number[][] = [];
+  private readonly castsAt: number[][] = [];
+  /** By visit: the copies from disk and to the device that begin there. */
   private readonly loads: Stay[][] = [];
   private readonly ins: Stay[][] = [];
   /** By home of a retained gradient: its last read and its first write. */
   private readonly lent = new Map<P, { opens: number; closes: number }>();
   private readonly wide: "float32" | "float64";
+  /** Null: a rank has the whole of its blocks. */
+  private readonly sharding: Sharding | null;
+  /** Visits between what is gathered or reduced and its use. */
+  private readonly lead: number;
+  /** The first micro-batch of this rank. */
+  private readonly first: number;
   private agreed = false;
   /** Index of the pass after which no loss and no forward is left to fail. */
   private lastLoss = -1;
@@ -82,6 +95,13 @@ class Writer {
     private readonly layouts: BlockLayout[],
   ) {
     this.wide = flow.graph.dtype === "float64" ? "float64" : "float32";
+    const { stages } = policy;
+    this.first = batchesOf(stages, policy.microBatches)[0]!;
+    this.sharding =
+      stages === undefined || membersOf(stages) === 1
+        ? null
+        : new Sharding(flow.graph, stages, layouts, this.wide, policy.reduceDType ?? this.wide, this);
+    this.lead = this.sharding === null ? 0 : Math.min(1, policy.prefetch);
     for (const [b, layout] of layouts.entries()) {
       const mine = flow.isMine(b);
       this.homes.param[b] = this.home(policy.param, b, mine ? layout.paramBytes : 0);
@@ -102,6 +122,7 @@ class Writer {
   write(visits: Visit[], kind: "step" | "flush"): Tape {
     const passes = visits.flatMap((v) => v.passes);
     if (this.mustAgree) holdUpdates(visits);
+    if (kind === "step" && this.lead > 0) updateAhead(visits, this.lead);
     this.planCasts(visits);
     this.planFetches(visits);
     this.lastLoss = passes.findLastIndex((p) => p.op !== "backward");
@@ -115,11 +136,13 @@ class Writer {
     let closed = kind === "flush";
     for (const [v, visit] of visits.entries()) {
       if (!closed && visit.end.length > 0) {
+        this.sharding?.settle();
         this.emit({ op: "coefficient", waits: [] });
         closed = true;
       }
       this.visit(v, visit, boundaries);
     }
+    this.sharding?.settle();
     if (!closed) {
       this.agree();
       this.emit({ op: "coefficient", waits: [] });
@@ -154,8 +177,11 @@ class Writer {
       if (passes.length === 0) continue;
       for (const o of this.flow.owners[passes[0]!.block]!) {
         if (this.layouts[o]!.computeBytes === 0) continue;
-        const held = last[o] !== undefined && (v - last[o] <= 1 || this.policy.recompute === "none");
-        if (!held) this.casts[v]!.push(o);
+        const held = last[o] !== undefined && (v - last[o] <= 1 + this.lead || this.policy.recompute === "none");
+        if (!held) {
+          this.casts[v]!.push(o);
+          pushAt(this.castsAt, Math.max(0, v - this.lead), o);
+        }
         last[o] = v;
       }
     }
@@ -182,12 +208,15 @@ class Writer {
     };
     for (const [v, { passes, pending, complete, end }] of visits.entries()) {
       for (const b of pending) for (const kind of ["param", "retained", "state"] as const) need(kind, b, v);
+      for (const o of this.castsAt[v] ?? []) need("param", o, v);
       if (passes.length > 0) {
-        for (const o of this.flow.owners[passes[0]!.block]!) {
-          if (this.layouts[o]!.computeBytes === 0 || this.casts[v]!.includes(o)) need("param", o, v);
-        }
+        for (const o of this.flow.owners[passes[0]!.block]!)
+          if (this.layouts[o]!.computeBytes === 0) need("param", o, v);
       }
-      for (const b of this.policy.update === "backward" ? [...complete, ...end] : end) {
+      // What is reduced is updated a visit later, at the end at once.
+      const last = this.lead > 0 && v === visits.length - 1 ? complete : [];
+      const updated = this.policy.update === "backward" ? [...(visits[v - this.lead]?.complete ?? []), ...last] : [];
+      for (const b of [...updated, ...end]) {
         need("param", b, v);
         need("state", b, v);
       }
@@ -200,7 +229,7 @@ class Writer {
     return this.instructions.length;
   }
 
-  private emit(i: Instruction): void {
+  emit(i: Instruction): void {
     accesses(i, this.buffers.list, (p, writes) => {
       this.buffers.touch(p, this.position);
       const lent = this.lent.get(p);
@@ -215,7 +244,14 @@ class Writer {
     this.emit({ op: "copy", queue, operand, from, to, at, bytes, waits: [] });
   }
 
-  exchange(op: "send" | "receive", operand: Boundary, count: number, peer: number, place: P, bytes: number): void {
+  exchange(
+    op: "send" | "receive",
+    operand: Boundary | Shard,
+    count: number,
+    peer: number,
+    place: P,
+    bytes: number,
+  ): void {
     this.emit({ op, operand, count, peer, place, bytes, waits: [] });
   }
 
@@ -241,7 +277,7 @@ class Writer {
     if (passes.length === 0) this.emitCopies(ahead);
     const behind: Copy[] = [];
     for (const b of pending) behind.push(...this.update(b, "retained"));
-    for (const b of this.casts[v]!) this.cast(b);
+    for (const b of this.castsAt[v] ?? []) this.cast(b);
     for (const [i, pass] of passes.entries()) {
       this.emitCopies(share(ahead, i, passes.length));
       this.emitCopies(share(behind, i, passes.length));
@@ -251,15 +287,33 @@ class Writer {
       if (pass.index === this.lastLoss && this.mustAgree) this.emit({ op: "report", waits: [] });
     }
     if (passes.length === 0) this.emitCopies(behind);
+    const { sharding } = this;
+    sharding?.advance();
     for (const b of complete) {
-      this.emit({ op: "norm", block: b, sums: this.sumsOf(b), waits: [] });
-      if (this.policy.update === "backward") {
-        this.agree();
-        this.emitCopies(this.update(b, "sums"));
-      }
-      if (this.policy.update === "forward") this.pack(b);
+      if (sharding === null) this.summed(b);
+      else
+        sharding.reduce(
+          b,
+          this.flow.users[b]!.map((u) => this.sums[u]!),
+          () => this.summed(b),
+        );
     }
+    if (this.lead === 0) sharding?.settle();
     for (const b of end) this.emitCopies(this.update(b, "sums"));
+  }
+
+  /** The gradient of a block's parameters is whole. */
+  private summed(b: number): void {
+    if (!this.updates(b)) return;
+    if (this.policy.update === "backward") this.agree();
+    this.emit({ op: "norm", block: b, sums: this.sumsOf(b), waits: [] });
+    if (this.policy.update === "backward") this.emitCopies(this.update(b, "sums"));
+    if (this.policy.update === "forward") this.pack(b);
+  }
+
+  /** False: the rank's shard of the block has nothing that trains. */
+  private updates(b: number): boolean {
+    return this.layouts[b]!.trainable.length > 0;
   }
 
   private pass(pass: Pass, boundaries: Boundaries): void {
@@ -273,11 +327,12 @@ class Writer {
       this.emit({ op, ...common, out: boundaries.outputs(pass), keep });
       return;
     }
-    if (microBatch === 0) {
+    const first = microBatch === this.first;
+    if (first) {
       const bytes = this.layouts[block]!.sumsBytes;
       this.sums[block] = bytes > 0 ? this.buffers.transient("device", bytes, "large") : -1;
     }
-    const sums = { sums: this.sums[block]!, first: microBatch === 0 };
+    const sums = { sums: this.sums[block]!, first };
     if (op === "turn") this.emit({ op, ...common, ...boundaries.inputGradients(pass), ...sums });
     else
       this.emit({
@@ -290,16 +345,20 @@ class Writer {
   }
 
   private sumsOf(b: number): P[] {
-    return this.flow.users[b]!.map((u) => this.sums[u]!);
+    return this.sharding === null ? this.flow.users[b]!.map((u) => this.sums[u]!) : [this.sharding.reduced[b]!];
   }
 
   private cast(b: number): void {
-    this.compute[b] = this.buffers.transient("device", this.layouts[b]!.computeBytes, "large");
-    this.emit({ op: "cast", block: b, from: this.here.param[b]!, to: this.compute[b]!, waits: [] });
+    const whole = this.buffers.transient("device", this.layouts[b]!.computeBytes, "large");
+    this.compute[b] = whole;
+    const from = this.here.param[b]!;
+    if (shardsOf(this.policy.stages) > 1) this.sharding!.gather(b, from, whole);
+    else this.emit({ op: "cast", block: b, from, to: whole, waits: [] });
   }
 
   /** Emits the update; the copies that bring param and state home. */
   private update(b: number, from: "sums" | "retained"): Copy[] {
+    if (!this.updates(b)) return [];
     const [param, state] = [this.here.param[b]!, this.here.state[b]!];
     const grad = from === "sums" ? this.sumsOf(b) : [this.here.retained[b]!];
     const dtype = from === "sums" ? this.wide : this.policy.retainedDType;
@@ -372,7 +431,7 @@ class Writer {
     const placement: Placement = {
       arenas: { deviceBytes: used.device, hostBytes: used.host, diskBytes: used.disk },
       homes: this.layouts.map((_, b) => ({ param: at(this.homes.param[b]!), state: at(this.homes.state[b]!) })),
-      ...(stages === undefined ? {} : { stages: stages.of }),
+      ...(stages === undefined ? {} : { stages }),
     };
     return {
       format: "stromatolite.tape",
@@ -402,6 +461,11 @@ function holdUpdates(visits: Visit[]): void {
   visits[last]?.complete.unshift(...held);
 }
 
+/** What is gathered ahead of its visit is updated before that. */
+function updateAhead(visits: Visit[], lead: number): void {
+  for (const [v, visit] of visits.entries()) visits[Math.max(0, v - lead)]!.pending.push(...visit.pending.splice(0));
+}
+
 /** The i-th of n shares of a list: the first entry goes to the first share, none to the end of the last. */
 const share = <T>(list: readonly T[], i: number, n: number): T[] =>
   list.slice(Math.ceil((i * list.length) / n), Math.ceil(((i + 1) * list.length) / n));
@@ -425,6 +489,10 @@ function relocate(i: Instruction, index: readonly P[]): void {
     case "norm":
       i.sums = i.sums.map(to);
       break;
+    case "reduce":
+      Object.assign(i, { parts: i.parts.map(to), to: to(i.to) });
+      break;
+    case "partial":
     case "pack":
       Object.assign(i, { sums: i.sums.map(to), to: to(i.to) });
       break;

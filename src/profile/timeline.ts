@@ -9,6 +9,7 @@ import { dtypeBytes } from "../graph/value.js";
 import { blockLayouts, ownersOf, PAGE, roundUp, usersOf } from "../plan/layout.js";
 import { passWorkspace } from "../plan/memory.js";
 import type { MemoryDevice } from "../plan/memory-gradients.js";
+import { membersOf } from "../plan/mesh.js";
 import type { Instruction, Operand, P, Space, Tape } from "../plan/types.js";
 import { QUEUES, queueOf } from "../plan/waits.js";
 
@@ -85,7 +86,9 @@ class Uses {
     this.owners = graph.blocks.map((_, b) => ownersOf(graph, b));
     // A flush runs no backward: its updates read what was retained.
     this.users = graph.blocks.map((_, b) => usersOf(graph, b, (user) => backward.has(user)));
-    this.stored = blockLayouts(graph, tape.state).map((l) => (l.computeBytes > 0 ? "compute" : "parameters"));
+    this.stored = blockLayouts(graph, tape.state, tape.stages).map((l) =>
+      l.computeBytes > 0 ? "compute" : "parameters",
+    );
   }
 
   each(i: Instruction, see: See): void {
@@ -117,16 +120,24 @@ class Uses {
         whole(i.from, "read", "parameters", i.block);
         whole(i.to, "write", "compute", i.block);
         break;
+      case "partial":
+        for (const [k, p] of i.sums.entries()) whole(p, "read", "sums", this.users[i.block]![k]!);
+        whole(i.to, i.sums.includes(i.to) ? "change" : "write", "sums", i.block);
+        break;
+      case "reduce":
+        for (const p of i.parts) whole(p, "read", "sums", i.block);
+        whole(i.to, "write", "sums", i.block);
+        break;
       case "norm":
       case "pack":
         for (const [k, p] of i.sums.entries())
-          whole(p, i.op === "norm" ? "change" : "read", "sums", this.users[i.block]![k]!);
+          whole(p, i.op === "norm" ? "change" : "read", "sums", this.summed(i.block, k));
         if (i.op === "pack") whole(i.to, "write", "retained", i.block);
         break;
       case "update":
         for (const [k, p] of i.grad.entries()) {
           if (i.from === "retained") whole(p, "read", "retained", i.block);
-          else whole(p, "read", "sums", this.users[i.block]![k]!);
+          else whole(p, "read", "sums", this.summed(i.block, k));
         }
         whole(i.param, "change", "parameters", i.block);
         whole(i.state, "change", "optimizer", i.block);
@@ -137,9 +148,23 @@ class Uses {
         see(i.to, "write", KIND_OF[kind], block, i.at, i.bytes);
         break;
       }
+      case "send":
+      case "receive": {
+        const { kind, block } = i.operand;
+        const held = kind === "compute" ? kind : kind === "partial" || kind === "reduced" ? "sums" : "boundaries";
+        see(i.place, i.op === "send" ? "read" : "write", held, block, 0, i.bytes);
+        break;
+      }
+      case "report":
+      case "agree":
       case "coefficient":
         break;
     }
+  }
+
+  /** The block whose sums the k-th gradient of a block is. */
+  private summed(block: number, k: number): number {
+    return membersOf(this.tape.stages) > 1 ? block : this.users[block]![k]!;
   }
 }
 

@@ -1,5 +1,6 @@
 /** From what the user names (a preset, a folder, a config, a model function) to graphs in every mode. */
 import { invalidArgument } from "../errors.js";
+import type { ContextOptions } from "../graph/context.js";
 import type { ModelDefinition } from "../graph/model.js";
 import { traceModel } from "../graph/trace.js";
 import type { DType, Graph, Mode } from "../graph/types.js";
@@ -19,8 +20,8 @@ export interface ResolvedModel {
   name: string;
   /** Plain JSON that resolves to the same model again; null for a model function, which has to be passed again. */
   spec: string | { config: unknown } | null;
-  /** Traced for parameters of this dtype. @throws SHAPE, GRAPH */
-  graph(mode: Mode, dtype: DType): Graph;
+  /** Traced for parameters of this dtype; context: for rows that ranks share. @throws SHAPE, GRAPH */
+  graph(mode: Mode, dtype: DType, context?: ContextOptions | null): Graph;
   /** config.json as Hugging Face writes it; null when there is no such thing for this model. */
   huggingFaceConfig: Record<string, unknown> | null;
 }
@@ -37,7 +38,7 @@ export function resolveModel(spec: ModelSpec): ResolvedModel {
     return {
       name,
       spec,
-      graph: (mode, dtype) => graph({ mode, dtype }),
+      graph: (mode, dtype, context) => graph({ mode, dtype, context }),
       huggingFaceConfig: EXPORTS[family]?.(config as never) ?? null,
     };
   }
@@ -48,7 +49,7 @@ export function resolveModel(spec: ModelSpec): ResolvedModel {
     return {
       name: definition.name,
       spec: null,
-      graph: (mode, dtype) => traceModel(definition, config, { mode, dtype }),
+      graph: (mode, dtype, context) => traceModel(definition, config, { mode, dtype, context }),
       huggingFaceConfig: null,
     };
   }
@@ -56,7 +57,7 @@ export function resolveModel(spec: ModelSpec): ResolvedModel {
   return {
     name: decoder.name,
     spec: { config },
-    graph: (mode, dtype) => traceModel(decoder, config, { mode, dtype }),
+    graph: (mode, dtype, context) => traceModel(decoder, config, { mode, dtype, context }),
     huggingFaceConfig: toHuggingFace(config),
   };
 }

@@ -51,6 +51,11 @@ export interface SessionOptions {
   deviceMemory?: number;
   /** The others that train the same model; tapes then have stages. From joinRanks; left by its owner after dispose(). */
   ranks?: NativeRanks;
+  /**
+   * Ranks that share every row with this one, by their place in it (splitBatch), this one among them: the group of a graph
+   * that was traced with as many. load() waits for all of them.
+   */
+  context?: number[];
   /** With device "sim". */
   sim?: SimDeviceOptions;
   /** Folder for state and boundaries that a tape places on disk; the files in it are removed at the end. */
@@ -81,6 +86,11 @@ export interface NativeRanks {
   readonly size: number;
   /** Everyone's text, by rank. Collective: every rank calls it, in one order. */
   gather(mine: string): Promise<string[]>;
+  /**
+   * Name in c10d's registry of a process group over these ranks, this one among them, by their place: what an operator
+   * of this process takes as its group, until this rank leaves. The first call of each list waits for all of its ranks.
+   */
+  group(members: number[]): Promise<string>;
   /** Tells the others why this rank ends; whatever any rank waits for then rejects with RANKS. */
   fail(why: string): void;
   /** Why a wait would fail now; null: all ranks are there. Never waits. */
@@ -96,6 +106,11 @@ export interface StepRequest {
   /** The plan's flush tape, where the tape's update is "forward". */
   flush?: Tape;
   microBatches: Batch[];
+  /**
+   * By loss term: how many elements its mean is over. Default: what is counted in microBatches. With a context those are
+   * shares of rows, and this is the sum of splitBatch's counts.
+   */
+  counts?: Record<string, number>;
   /** 0-based count of optimizer steps taken before this one. Adam's bias correction uses its own stored count. */
   step: number;
   seed: number;
@@ -165,7 +180,10 @@ export interface StateEntry {
   kind: StateKind;
   name: string;
   dtype: DType;
+  /** Of the whole tensor. */
   shape: number[];
+  /** What the session holds of it: `bytes` from byte `begin` on; with shards often a part, which reads as flat. */
+  begin: number;
   bytes: number;
 }
 
@@ -183,6 +201,11 @@ export interface NativeSnapshot {
   readonly copied: boolean;
   /** Writes `header`, then the tensors at their offsets, then fsync. Leaves no partial file behind on failure. */
   write(path: string, header: Uint8Array, entries: FileEntry[]): Promise<{ bytes: number; sha256: string }>;
+  /**
+   * The same into a file that several ranks write, each its own ranges (`header`: of one of them, else empty); what is
+   * there stays. The bytes written.
+   */
+  writeParts(path: string, header: Uint8Array, entries: FileEntry[]): Promise<number>;
   dispose(): void;
 }
 
@@ -203,7 +226,11 @@ export interface NativeSession {
    */
   flush(): Promise<void>;
   /** Runs an attached graph forward; outputs by name, copied out. */
-  run(name: string, batch: Batch, options?: { seed?: number }): Promise<Record<string, HostTensor>>;
+  run(
+    name: string,
+    batch: Batch,
+    options?: { seed?: number; counts?: Record<string, number> },
+  ): Promise<Record<string, HostTensor>>;
   /** Gradients of the last step before clipping, for tests: sums of the parameter. */
   gradient(name: string): Promise<HostTensor>;
   read(kind: StateKind, name: string): Promise<HostTensor>;

@@ -69,8 +69,23 @@ export interface TrainerOptions extends MemoryOptions {
   device?: SessionOptions["device"];
   /** This process is one rank of several that train one model, each with some of its blocks. Default: alone. */
   ranks?: RankSpec;
-  /** Which blocks are whose. Default "alternating". */
+  /** Which blocks are whose. Default "alternating"; with `plan: "auto"` the planner's choice. */
   stages?: StageRule;
+  /**
+   * Ranks that run the same blocks, each on micro-batches of its own, and share their state, a part each (fully sharded
+   * data parallel). There are ranks / (shards x replicas) stages. Default 1; with `plan: "auto"` the planner's choice
+   * of 1 and all.
+   */
+  shards?: number;
+  /** Groups of `shards` ranks that hold the same state. Default 1. */
+  replicas?: number;
+  /**
+   * Ranks that share every row, each some of its tokens: a divisor of shards x replicas, which it is by default. For rows
+   * that no rank holds. sequenceLength is a multiple of 2 x context. Default 1.
+   */
+  context?: number;
+  /** What gradients travel as between ranks that share blocks. Default: float32, as they are summed. */
+  reduceDtype?: "float32" | "bfloat16";
   /** What blocks compute in. Default: as `precision` says, "float32". */
   dtype?: SessionOptions["dtype"];
   /** Threads of the engine; 0: all this process may use. Default 0. */
@@ -104,10 +119,24 @@ type Plain = Omit<
 /** Options with every default filled in; all but model and data plain JSON. */
 export interface ResolvedOptions
   extends Required<
-      Omit<Plain, "steps" | "epochs" | "outputDir" | "ranks" | keyof MemoryOptions | keyof ResolvedMemory>
+      Omit<
+        Plain,
+        | "steps"
+        | "epochs"
+        | "outputDir"
+        | "ranks"
+        | "stages"
+        | "shards"
+        | "reduceDtype"
+        | keyof MemoryOptions
+        | keyof ResolvedMemory
+      >
     >,
     ResolvedMemory {
   ranks: RankSpec | null;
+  stages: StageRule | null;
+  shards: number | null;
+  reduceDtype: NonNullable<TrainerOptions["reduceDtype"]> | null;
   model: ModelSpec;
   data: string | DatasetOptions | Dataset;
   steps: number | null;
@@ -125,7 +154,7 @@ const NAMES = [
   ...["sequenceLength", "learningRate", "learningRateSchedule", "weightDecay", "adamw", "maxGradNorm", "seed"],
   ...["outputDir", "logEveryNSteps", "saveEveryNSteps", "saveEveryNEpochs", "evalEveryNSteps", "evalMicroBatches"],
   ...["sampleEveryNSteps", "samplePrompts", "sampleTokens", "keepLast", "resume", "device", "dtype", "threads"],
-  ...["ranks", "stages"],
+  ...["ranks", "stages", "shards", "replicas", "context", "reduceDtype"],
   ...["order", "recompute", "nonFinite", "profileMemory", "onEvent"],
   ...MEMORY_NAMES,
 ];
@@ -192,12 +221,29 @@ export function resolveOptions(options: TrainerOptions): ResolvedOptions {
     keepLast: whole(o.keepLast ?? 3, "keepLast", 1),
     device,
     ranks: o.ranks ?? null,
-    stages: oneOf(o.stages ?? "alternating", STAGE_RULES, "stages"),
+    stages: o.stages === undefined ? null : oneOf(o.stages, STAGE_RULES, "stages"),
+    ...resolveShards(o),
     threads: whole(o.threads ?? 0, "threads", 0, MAX_THREADS),
     profileMemory:
       typeof o.profileMemory === "number" ? whole(o.profileMemory, "profileMemory", 1) : (o.profileMemory ?? false),
     nonFinite: oneOf(o.nonFinite ?? "stop", ["stop", "skip"], "nonFinite"),
   };
+}
+
+/** Whether they fit the number of ranks is asked when those are known (plan.ts). */
+function resolveShards(o: TrainerOptions): Pick<ResolvedOptions, "shards" | "replicas" | "context" | "reduceDtype"> {
+  const context = whole(o.context ?? 1, "context", 1);
+  const alone = context > 1 && o.replicas === undefined ? context : null;
+  const shards = o.shards === undefined ? alone : whole(o.shards, "shards", 1);
+  const replicas = whole(o.replicas ?? 1, "replicas", 1);
+  const reduceDtype = o.reduceDtype === undefined ? null : oneOf(o.reduceDtype, ["float32", "bfloat16"], "reduceDtype");
+  if (reduceDtype !== null && (shards ?? 1) * replicas === 1)
+    throw config("reduceDtype is for ranks that share blocks: give shards or replicas, or leave it out");
+  if (((shards ?? 1) * replicas) % context !== 0)
+    throw config(
+      `context ${context} is no divisor of shards ${shards ?? 1} x replicas ${replicas}, the ranks that add up their gradients`,
+    );
+  return { shards, replicas, context, reduceDtype };
 }
 
 /** @throws CONFIG showing the product that does not come out */
@@ -302,6 +348,11 @@ export function mergeOptions(saved: TrainerOptions, given: TrainerOptions): Trai
     delete base.dtype;
     delete base.masterWeight;
   }
+  // Ranks that are another number share blocks in another way, or not at all.
+  const members = (base.shards ?? 1) * (base.replicas ?? 1);
+  const shares = ["shards", "replicas", "context", "reduceDtype"] as const;
+  if (shares.some((name) => defined[name] !== undefined) || (defined.ranks?.size ?? 1) % members !== 0)
+    for (const name of shares) delete base[name];
   return { ...base, ...defined };
 }
 

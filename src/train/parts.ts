@@ -2,6 +2,7 @@
 import type { DatasetOptions } from "../data/index.js";
 import type { Dataset } from "../data/types.js";
 import { StromaError } from "../errors.js";
+import type { ContextOptions } from "../graph/context.js";
 import type { BatchInput, Graph } from "../graph/types.js";
 import type { ComputeDType } from "./compute-dtype.js";
 import { type ModelSpec, type ResolvedModel, resolveModel } from "./model-source.js";
@@ -17,6 +18,7 @@ export interface Parts {
   resolveModel(spec: ModelSpec): ResolvedModel;
   computeDType(device: SessionOptions["device"]): Promise<ComputeDType>;
   plan(graph: Graph, options: SettledOptions): Promise<TrainingPlan>;
+  context(graph: Graph, options: SettledOptions): Promise<ContextOptions | null>;
 }
 
 /** Loaded when used: reading options or a checkpoint's facts needs neither libtorch nor data sources. */
@@ -28,6 +30,7 @@ export const realParts: Parts = {
   resolveModel,
   computeDType: async (device) => (await import("./compute-dtype.js")).chooseComputeDType(device),
   plan: async (graph, options) => (await import("./plan.js")).planTraining(graph, options),
+  context: async (graph, options) => (await import("./plan.js")).contextFor(graph, options),
 };
 
 /** The tensors that the graph takes, of those that the data has. @throws DATA naming one that is missing */
@@ -58,6 +61,21 @@ export function joinBatches(batches: readonly Batch[]): Batch {
       ),
     ]),
   );
+}
+
+/** A micro-batch of the same shapes from which nothing is learned: no element of it counts in any loss. */
+export function uncounted({ losses }: Pick<Graph, "losses">, batch: Batch): Batch {
+  const empty = { ...batch };
+  for (const { count } of losses) {
+    const { dtype, shape } = batch[count.input]!;
+    const elements = shape.reduce((a, b) => a * b, 1);
+    const data =
+      dtype === "int64"
+        ? new BigInt64Array(elements).fill(BigInt(count.ignore))
+        : new Int32Array(elements).fill(count.ignore);
+    empty[count.input] = { dtype, shape, data };
+  }
+  return empty;
 }
 
 function joinRows(tensors: readonly HostTensor[], name: string): HostTensor {

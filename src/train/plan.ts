@@ -2,6 +2,7 @@
 import { createHash } from "node:crypto";
 import { totalmem } from "node:os";
 import { StromaError } from "../errors.js";
+import type { ContextOptions } from "../graph/context.js";
 import { canonicalJson } from "../graph/hash.js";
 import type { Graph } from "../graph/types.js";
 import { probeMachine } from "../native.js";
@@ -10,12 +11,15 @@ import { planForRank } from "../plan/auto-ranks.js";
 import { type Budget, showSize } from "../plan/budget.js";
 import { checkRanks } from "../plan/check-ranks.js";
 import { checkTape } from "../plan/checker.js";
+import { chooseContext, contextSizes } from "../plan/context.js";
+import { roundUp } from "../plan/layout.js";
 import { readMeasured } from "../plan/measured.js";
+import { groupsOf, membersOf, replicasOf, shardsOf, sharersOf, stageCount } from "../plan/mesh.js";
 import { residentPolicy } from "../plan/planner.js";
-import { findProfile } from "../plan/profiles.js";
+import { findProfile, RANK_LINK } from "../plan/profiles.js";
 import { type TapePeaks, tapePeaks } from "../plan/simulate.js";
-import { assignStages } from "../plan/stages.js";
-import type { Placement, RetainedDType, StateFormat, Tape } from "../plan/types.js";
+import { assignStages, stretchesOf } from "../plan/stages.js";
+import type { Placement, RetainedDType, Stages, StateFormat, Tape } from "../plan/types.js";
 import { type Policy, writeTape } from "../plan/write-tape.js";
 import { type Prediction, predictStep } from "../profile/document.js";
 import type { SettledOptions } from "./options.js";
@@ -40,6 +44,8 @@ export interface PlanFacts {
   blocksMerged: number;
   /** null: no gradient is kept for the next step. */
   retainedDType: RetainedDType | null;
+  /** Ranks that add up their gradients, and in what dtype those travel; absent: one. */
+  members?: string;
 }
 
 export interface TrainingPlan {
@@ -53,6 +59,8 @@ export interface TrainingPlan {
   predicted: Prediction | null;
   /** Of a step that took `tape`. Throws CONFIG where `predicted` is null. */
   predict(tape: Tape): Prediction;
+  /** Micro-batches of a step's tape that has `count` to run: ranks that share blocks have one each, or equally many. */
+  padded(count: number): number;
   /** For so many of the device's micro-batches, proved; each number is planned once. Throws TAPE. */
   tapes(microBatches: number): StepTapes;
 }
@@ -62,6 +70,22 @@ export const stateFormat = (o: SettledOptions): StateFormat => ({
   masterWeight: o.masterWeight,
   optimizer: o.optimizer.kind,
 });
+
+/**
+ * How ranks share rows: whichever way of attending over them is faster. `graph`: of whole rows. Throws CONFIG where these do
+ * not divide.
+ */
+export function contextFor(graph: Graph, o: SettledOptions): ContextOptions | null {
+  if (o.context === 1) return null;
+  const profile = profileOf(o);
+  const rates = {
+    link: profile.rankLink ?? RANK_LINK,
+    messageSeconds: profile.copySeconds,
+    attentionFlops: profile.attention * profile.gemm[graph.dtype === "float64" ? "float64" : "float32"].flops,
+  };
+  const sizes = contextSizes(graph, { B: o.microBatchSize, T: o.sequenceLength });
+  return { ranks: o.context, kind: chooseContext(sizes, o.context, rates).kind };
+}
 
 /**
  * Throws CONFIG where the model's sizes are not known that a plan needs, OUT_OF_MEMORY for what does not fit, saying by how
@@ -97,6 +121,7 @@ export function planTraining(graph: Graph, options: SettledOptions): TrainingPla
   };
   const predicted = sizes === null ? null : predict(step);
   if (predicted !== null) checkBudgets(predicted.peaks, options);
+  const members = membersOf(policy.stages);
   const facts: PlanFacts = {
     tapeHash: hashOf(policy.stages === undefined ? step : everyRank(planned, policy).map((t) => t.step)),
     order: step.schedule,
@@ -106,8 +131,12 @@ export function planTraining(graph: Graph, options: SettledOptions): TrainingPla
     fused,
     blocksMerged: merged,
     retainedDType: step.update === "forward" ? policy.retainedDType : null,
+    ...(members === 1 ? {} : { members: `${members} in ${options.reduceDtype ?? "full precision"}` }),
   };
-  return { graph: planned, placement, facts, summary: summarize(facts, predicted, options), predicted, predict, tapes };
+  const { least, unit } = countsOf(policy);
+  const padded = (count: number) => roundUp(Math.max(count, least), unit);
+  const summary = summarize(facts, predicted, options, policy.stages);
+  return { graph: planned, placement, facts, summary, predicted, predict, padded, tapes };
 }
 
 /** A number too many in a config would else be told as a malformed tape: byte offsets are safe integers. */
@@ -152,6 +181,7 @@ interface Chosen {
 }
 
 function choosePolicy(graph: Graph, o: SettledOptions, dims: Record<string, number> | null): Chosen {
+  checkMembers(o);
   const merged = o.layersPerBlock ?? 1;
   const alone = { graph: layersMerged(graph, merged), merged, fused: 1 };
   const resident = residentPolicy(alone.graph, {
@@ -177,6 +207,36 @@ function choosePolicy(graph: Graph, o: SettledOptions, dims: Record<string, numb
   return { ...alone, policy: streamed(policy, "disk", o, dims) };
 }
 
+/** e.g. "2 stages (alternating) of 2 shards". */
+function meshText({ stages: asked }: SettledOptions, stages: Stages): string {
+  const rule = asked ?? "alternating";
+  const [shards, replicas] = [shardsOf(stages), replicasOf(stages)];
+  const members = shards * replicas;
+  const rows = sharersOf(stages) > 1 ? [`rows of ${sharersOf(stages)} ranks`] : [];
+  const among = [
+    ...rows,
+    ...(shards > 1 ? [`${shards} shards`] : []),
+    ...(replicas > 1 ? [`${replicas} replicas`] : []),
+  ].join(" x ");
+  if (members === 1) return `blocks ${rule}`;
+  return stages.ranks === members ? among : `${stages.ranks / members} stages (${rule}) of ${among}`;
+}
+
+/** @throws CONFIG showing the quotient that does not come out */
+function checkMembers({ ranks, shards: asked, replicas }: SettledOptions): void {
+  const shards = asked ?? 1;
+  const members = shards * replicas;
+  const among = `shards ${shards} x replicas ${replicas}`;
+  if (ranks === null && members > 1)
+    throw config(
+      `${among} are for a run over several ranks, and this process trains alone. Start it with --ranks or --gpus`,
+    );
+  if (ranks !== null && ranks.size % members !== 0)
+    throw config(`${ranks.size} ranks are no whole number of stages of ${among}: ${ranks.size} / ${members}`);
+}
+
+const config = (why: string): StromaError => new StromaError("CONFIG", `[plan] ${why}`);
+
 /** A plan over ranks: as asked, or the planner's, which every rank finds alike. */
 function amongRanks(
   graph: Graph,
@@ -186,11 +246,19 @@ function amongRanks(
 ): Chosen {
   if (dims === null) throw unknownSizes(graph);
   const { rank, size: ranks, localSize = ranks } = o.ranks!;
-  const stages = { rank, ranks, of: assignStages(alone.graph, ranks, o.stages) };
-  const asked = (policy: Policy): Chosen => ({ ...alone, policy: { ...policy, stages } });
+  const { replicas } = o;
+  const shards = o.shards ?? 1;
+  const of = assignStages(alone.graph, ranks / (shards * replicas), o.stages ?? "alternating");
+  const shared = { shards, replicas };
+  const rows = o.context > 1 ? { context: o.context } : {};
+  const stages = { rank, ranks, of, ...(shards * replicas > 1 ? shared : {}), ...rows };
+  const reduced = o.reduceDtype === null ? {} : { reduceDType: o.reduceDtype };
+  const asked = (policy: Policy): Chosen => ({ ...alone, policy: { ...policy, stages, ...reduced } });
   if (o.plan === null) return asked(streamed(resident, o.offload as "host" | "disk", o, dims));
   // Boundaries have places, since both ends of a link must know their size.
-  if (o.plan === "resident" || ranks === 1) return asked({ ...resident, boundary: "device", dims });
+  // The planner knows no replicas, and no shared rows.
+  if (o.plan === "resident" || ranks === 1 || replicas > 1 || o.context > 1)
+    return asked({ ...resident, boundary: "device", dims });
   const budget = budgetOf(o);
   const request = {
     dims,
@@ -200,14 +268,16 @@ function amongRanks(
     profile: profileOf(o),
     budget: o.device === "cpu" ? { deviceBytes: budget.deviceBytes / localSize, hostBytes: 0, diskBytes: 0 } : budget,
     devices: ranks,
-    stages: o.stages,
+    stages: o.stages ?? undefined,
+    // What is not said is the planner's to choose.
+    shards: o.shards ?? undefined,
     recompute: o.recompute ?? undefined,
     layersPerBlock: o.layersPerBlock ?? undefined,
   };
   const found = planForRank(graph, request, rank);
   if (found.report.fits) {
     const { policy, graph: planned, blocksMerged: merged, report } = found;
-    return { policy, graph: planned, merged, fused: report.microBatch.fused };
+    return { policy: { ...policy, ...reduced }, graph: planned, merged, fused: report.microBatch.fused };
   }
   if (o.device !== "cpu" || budget.diskBytes === 0)
     throw outOfMemory(`over ${ranks} ranks, ${showSize(found.missing!.bytes)} are missing. ${found.missing!.cure}`);
@@ -296,9 +366,9 @@ const unknownSizes = (graph: Graph) =>
     `[plan] ${graph.model} takes inputs of other dims than B and T, so their sizes are not known. Say plan resident, without a profile`,
   );
 
-/** Sizes of one micro-batch of the user's; null where the model has inputs of other dims. */
+/** Sizes of one micro-batch of the user's, of a rank's share of it; null where the model has inputs of other dims. */
 function dimsOf(graph: Graph, o: SettledOptions): Record<string, number> | null {
-  const dims: Record<string, number> = { B: o.microBatchSize, T: o.sequenceLength };
+  const dims: Record<string, number> = { B: o.microBatchSize, T: o.sequenceLength / o.context };
   const names = graph.inputs.flatMap((input) => input.shape.flatMap((d) => String(d).match(/[A-Za-z_]\w*/g) ?? []));
   return names.every((name) => Object.hasOwn(dims, name)) ? dims : null;
 }
@@ -310,7 +380,8 @@ function dimsOf(graph: Graph, o: SettledOptions): Record<string, number> | null 
 function roomFor(graph: Graph, policy: Policy, whole: Placement, smaller: boolean): Placement {
   if (!smaller || policy.dims === null) return whole;
   const arenas = { ...whole.arenas };
-  for (let microBatches = 1; microBatches < policy.microBatches; microBatches++) {
+  const { least, unit } = countsOf(policy);
+  for (let microBatches = least; microBatches < policy.microBatches; microBatches += unit) {
     const { placement } = writeTape(graph, { ...policy, microBatches }).step;
     for (const key of ["deviceBytes", "hostBytes", "diskBytes"] as const)
       arenas[key] = Math.max(arenas[key], placement.arenas[key]);
@@ -318,7 +389,15 @@ function roomFor(graph: Graph, policy: Policy, whole: Placement, smaller: boolea
   return { ...whole, arenas };
 }
 
-function summarize(f: PlanFacts, predicted: TrainingPlan["predicted"], o: SettledOptions): string {
+/** Micro-batches that a step takes at the least, and in multiples of what. */
+function countsOf({ schedule, stages }: Policy): { least: number; unit: number } {
+  const least = groupsOf(stages);
+  if (schedule === "breadthFirst" || stages === undefined) return { least, unit: 1 };
+  const turns = schedule === "oneForwardOneBackward" && stretchesOf(stages) !== null ? stageCount(stages) : 1;
+  return { least: least * turns, unit: least * turns };
+}
+
+function summarize(f: PlanFacts, predicted: TrainingPlan["predicted"], o: SettledOptions, stages?: Stages): string {
   const order = f.order === "breadthFirst" ? "breadth-first" : "depth-first";
   const where = {
     none: "all on the device",
@@ -327,7 +406,7 @@ function summarize(f: PlanFacts, predicted: TrainingPlan["predicted"], o: Settle
     auto: "chosen for the budgets",
   }[o.offload];
   const parts = [
-    ...(o.ranks === null ? [] : [`rank ${o.ranks.rank} of ${o.ranks.size}, blocks ${o.stages}`]),
+    ...(stages === undefined ? [] : [`rank ${stages.rank} of ${stages.ranks}, ${meshText(o, stages)}`]),
     where,
     order,
     `recompute ${f.recompute}`,
@@ -354,6 +433,7 @@ export function planDifferences(then: PlanFacts, now: PlanFacts): string[] {
     ["layers a block", then.blocksMerged, now.blocksMerged],
     ["clip", then.clip, now.clip],
     ["gradients retained", exact(then.retainedDType), exact(now.retainedDType)],
+    ["ranks that share gradients", then.members ?? 1, now.members ?? 1],
   ];
   return pairs.filter(([, a, b]) => a !== b).map(([what, a, b]) => `${what}: ${a} before, ${b} now`);
 }

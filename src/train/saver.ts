@@ -8,7 +8,7 @@ import { type CheckpointContents, type WriteAmong, writeCheckpoint } from "../ch
 import type { DataPosition } from "../data/types.js";
 import { fromFirst } from "../distributed/ranks.js";
 import type { CheckpointEvent } from "./events.js";
-import type { NativeRanks, StateKind } from "./native-session.js";
+import type { NativeRanks, StateEntry, StateKind } from "./native-session.js";
 import { type SettledOptions, savedOptions } from "./options.js";
 import type { TrainingSession } from "./training-session.js";
 
@@ -35,7 +35,7 @@ export class Saver {
     const kinds = [...new Set(entries.map((e) => e.kind))] as StateKind[];
     const optimizerStep = await session.optimizerStep();
     const snapshot = await session.snapshot(kinds);
-    const among = await this.#among();
+    const among = await this.#among(entries);
     const contents: CheckpointContents = {
       snapshot,
       entries,
@@ -78,12 +78,14 @@ export class Saver {
     if (!snapshot.copied) await this.#inFlight;
   }
 
-  /** With ranks: the folder that all write into. */
-  async #among(): Promise<WriteAmong | null> {
+  /** With ranks: the folder that all write into, and what each holds. */
+  async #among(entries: readonly StateEntry[]): Promise<WriteAmong | null> {
     const { ranks } = this;
     if (ranks === null || ranks.size === 1) return null;
     const folder = await fromFirst(ranks, ranks.rank === 0 ? await this.store.temporary() : "");
-    return { rank: ranks.rank, size: ranks.size, folder, lost: () => ranks.lost() };
+    const texts = await ranks.gather(JSON.stringify(entries));
+    const all = texts.map((text) => JSON.parse(text) as StateEntry[]);
+    return { rank: ranks.rank, size: ranks.size, folder, all, lost: () => ranks.lost() };
   }
 
   /** Saves that ended since the last call. @throws what a save failed with */

@@ -10,6 +10,7 @@ import { type Checkpoint, openCheckpoint, verifyCheckpoint } from "../checkpoint
 import { CheckpointStore } from "../checkpoint/store.js";
 import type { BatchStream, DataBatch, Dataset } from "../data/types.js";
 import { anyRank, fromFirst } from "../distributed/ranks.js";
+import { splitBatch } from "../distributed/split-batch.js";
 import { StromaError } from "../errors.js";
 import { type GenerateOptions, generateMany, generateText, streamText } from "../generate/generate.js";
 import { learningRateAt } from "../optim/schedules.js";
@@ -19,7 +20,7 @@ import { EventQueue } from "./event-queue.js";
 import type { CheckpointEvent, TrainEvent } from "./events.js";
 import { renderLossSvg, thinEvents } from "./loss-svg.js";
 import { MetricsFile, readMetrics } from "./metrics.js";
-import type { NativeRanks, StepResult } from "./native-session.js";
+import type { Batch, NativeRanks, StepRequest, StepResult } from "./native-session.js";
 import {
   MOST_SKIPS,
   mergeOptions,
@@ -29,7 +30,7 @@ import {
   type SettledOptions,
   type TrainerOptions,
 } from "./options.js";
-import { joinBatches, type Parts, pickInputs, realParts } from "./parts.js";
+import { joinBatches, type Parts, pickInputs, realParts, uncounted } from "./parts.js";
 import { Saver } from "./saver.js";
 import { openTrainingSession, type TrainingSession } from "./training-session.js";
 
@@ -371,13 +372,16 @@ class Run {
     const microBatches = Array.from({ length: Math.ceil(picked.length / fused) }, (_, i) =>
       joinBatches(picked.slice(i * fused, (i + 1) * fused)),
     );
+    for (const blank = open.plan.padded(microBatches.length); microBatches.length < blank; )
+      microBatches.push(uncounted(open.graph, microBatches.at(-1)!));
+    const shared = this.#shares(microBatches);
     const { step: tape, flush } = open.plan.tapes(microBatches.length);
     const profile = this.#profiled === this.#step + 1;
     const result = await open.session.step({
       tape,
       profile,
       ...(flush === null ? {} : { flush }),
-      microBatches,
+      ...(shared ?? { microBatches }),
       step: this.#step,
       seed: options.seed,
       learningRate,
@@ -427,6 +431,18 @@ class Run {
     }
     this.#metrics?.check();
     await this.#atBoundary(at, isLast);
+  }
+
+  /** This rank's shares of the rows, and what is counted in all of them; null where rows are whole. */
+  #shares(microBatches: Batch[]): Pick<StepRequest, "microBatches" | "counts"> | null {
+    const { ranks, context } = this.options;
+    if (ranks === null || context === 1) return null;
+    const place = { rank: ranks.rank % context, ranks: context };
+    const shares = microBatches.map((batch) => splitBatch(this.open.graph, batch, place));
+    const counts: Record<string, number> = {};
+    for (const share of shares)
+      for (const [name, n] of Object.entries(share.counts)) counts[name] = (counts[name] ?? 0) + n;
+    return { microBatches: shares.map((s) => s.batch), counts };
   }
 
   /** Evaluation, samples, saves that are due; saves that have ended. */

@@ -21,7 +21,7 @@ export interface TrainingSession {
   requests: Runner;
   model: ResolvedModel;
   dataset: Dataset;
-  /** The user's; the engine may train the same model in larger blocks (plan.graph). */
+  /** The user's; the engine may train the same model in larger blocks, or over shared rows (plan.graph). */
   graph: Graph;
   plan: TrainingPlan;
   /** How this plan rounds otherwise than the one that a resumed run was saved under; none: to the bit. */
@@ -49,7 +49,10 @@ export async function openTrainingSession(
   const evalGraph = model.graph("eval", options.dtype);
   const generateGraph = model.graph("generate", options.dtype);
   if (resumed !== null) await checkSame(resumed, graph, dataset, options);
-  const plan = await parts.plan(graph, options);
+  const context = await parts.context(graph, options);
+  // Attention over the shares of rows is another program; the model, its parameters and its checkpoints are the same.
+  const trained = context === null ? graph : model.graph("train", options.dtype, context);
+  const plan = await parts.plan(trained, options);
   const versions = {
     stromatolite: packageVersion(),
     libtorch: await parts.libtorchVersion(),

@@ -1,8 +1,12 @@
 /** Several ranks in one process, each a session with a thread of its own, talking over Gloo and loopback. */
 import { createServer } from "node:net";
+import { dtypeBytes } from "../../src/graph/value.js";
 import type { NativeAddon } from "../../src/native.js";
 import { checkRanks } from "../../src/plan/check-ranks.js";
+import { ownersOf } from "../../src/plan/layout.js";
 import type { Policy } from "../../src/plan/policy.js";
+import { assignStages, stretchesOf } from "../../src/plan/stages.js";
+import type { Stages } from "../../src/plan/types.js";
 import { writeTape } from "../../src/plan/write-tape.js";
 import type { NativeRanks, SessionOptions } from "../../src/train/native-session.js";
 import { bytesOf, type LawCase, type Outcome } from "./offload-case.js";
@@ -24,6 +28,32 @@ export async function joinAll(native: NativeAddon, size: number, silenceSeconds 
   return Promise.all([...Array(size).keys()].map((rank) => native.joinRanks({ ...spec, rank })));
 }
 
+interface Part {
+  key: string;
+  /** Bytes of the whole tensor; where this part begins in it. */
+  whole: number;
+  begin: number;
+  bytes: Buffer;
+}
+
+/** Whole tensors from the parts that ranks hold; replicas must agree. */
+function assemble(parts: readonly Part[]): Map<string, string> {
+  const tensors = new Map<string, { bytes: Buffer; known: Uint8Array }>();
+  for (const { key, whole, begin, bytes } of parts) {
+    let tensor = tensors.get(key);
+    if (tensor === undefined) {
+      tensor = { bytes: Buffer.alloc(whole), known: new Uint8Array(whole) };
+      tensors.set(key, tensor);
+    }
+    const there = tensor.bytes.subarray(begin, begin + bytes.length);
+    if (tensor.known[begin] === 1 && !there.equals(bytes)) throw new Error(`ranks hold different ${key}`);
+    bytes.copy(there);
+    tensor.known.fill(1, begin, begin + bytes.length);
+  }
+  for (const [key, { known }] of tensors) if (known.includes(0)) throw new Error(`no rank holds a part of ${key}`);
+  return new Map([...tensors].map(([key, { bytes }]) => [key, bytes.toString("base64")]));
+}
+
 /** What all ranks hold after the steps; each rank's results must be those of rank 0. */
 export async function trainRanks(
   native: NativeAddon,
@@ -31,9 +61,11 @@ export async function trainRanks(
   options: SessionOptions,
   c: LawCase,
   policy: Policy,
-  of: number[],
+  stages: Omit<Stages, "rank" | "ranks">,
 ): Promise<Outcome & { sent: number[]; planned: number[]; results: Outcome["results"]; others: Outcome["results"][] }> {
-  const plans = ranks.map(({ rank, size }) => writeTape(c.graph, { ...policy, stages: { rank, ranks: size, of } }));
+  const plans = ranks.map(({ rank, size }) =>
+    writeTape(c.graph, { ...policy, stages: { ...stages, rank, ranks: size } }),
+  );
   checkRanks(
     c.graph,
     plans.map((p) => p.step),
@@ -50,9 +82,12 @@ export async function trainRanks(
         results.push(
           await session.step({ tape: plan.step, ...(plan.flush === null ? {} : { flush: plan.flush }), ...step }),
         );
-      const state: [string, string][] = [];
-      for (const { kind, name } of await session.state())
-        state.push([`${kind} ${name}`, bytesOf(await session.read(kind, name)).toString("base64")]);
+      const state: Part[] = [];
+      for (const { kind, name, shape, dtype, begin } of await session.state()) {
+        const bytes = Buffer.from(bytesOf(await session.read(kind, name)));
+        const whole = shape.reduce((a, b) => a * b, dtypeBytes(dtype));
+        state.push({ key: `${kind} ${name}`, whole, begin, bytes });
+      }
       return { results, state };
     } finally {
       await session.dispose();
@@ -62,8 +97,28 @@ export async function trainRanks(
   return {
     results: outcomes[0]!.results,
     others: outcomes.slice(1).map((o) => o.results),
-    state: new Map(outcomes.flatMap((o) => o.state)),
+    state: assemble(outcomes.flatMap((o) => o.state)),
     sent: outcomes.map((o) => o.results.at(-1)!.bytesSent),
     planned: plans.map((p) => p.step.instructions.reduce((n, i) => n + (i.op === "send" ? i.bytes : 0), 0)),
   };
+}
+
+/** Tied blocks together, every rank with something; null where the draw left one without. */
+export function randomStages(next: () => number, graph: LawCase["graph"], ranks: number): number[] | null {
+  const of: number[] = [];
+  const inOrder = next() < 0.5;
+  for (const b of graph.blocks.keys()) {
+    const first = ownersOf(graph, b)[0];
+    const drawn = inOrder ? Math.floor((b * ranks) / graph.blocks.length) : Math.floor(next() * ranks);
+    of.push(first !== undefined && first < b ? of[first]! : drawn);
+  }
+  return new Set(of).size === ranks ? of : null;
+}
+
+/** Two stretches of blocks a rank; null where the graph has too few for it, or its head is tied to the embedding. */
+export function interleavedStages(graph: LawCase["graph"], ranks: number): number[] | null {
+  const groups = new Set(graph.blocks.map((_, b) => ownersOf(graph, b)[0] ?? b)).size;
+  if (groups < graph.blocks.length || graph.blocks.length < 2 * ranks) return null;
+  const of = assignStages(graph, ranks, "interleaved");
+  return stretchesOf({ rank: 0, ranks, of }) === null ? null : of;
 }

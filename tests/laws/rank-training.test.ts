@@ -100,6 +100,100 @@ describe.skipIf(!native)("ranks", () => {
     expect(await tensors(many)).toEqual(await tensors(folder("straight-constant")));
   });
 
+  // One micro-batch a rank, unclipped: the sums are those of one rank (sharding.test.ts).
+  const shared = { ...options, clip: "none", maxGradNorm: null } satisfies TrainerOptions;
+  test.each([
+    [3, { shards: 3 }],
+    [3, { replicas: 3, device: "sim", offload: "host" }],
+    [3, { shards: 3, device: "sim", offload: "disk", optimizer: "adamw8bit", precision: "bfloat16" }],
+  ] as [number, Partial<TrainerOptions>][])("%i that share the state train what one does: %j", async (size, extra) => {
+    const { device: _, offload: __, shards: ___, replicas: ____, ...same } = extra;
+    const [one, many] = [folder(`one-${size}-${Object.keys(extra)}`), folder(`many-${size}-${Object.keys(extra)}`)];
+    await using alone = new Trainer({ ...shared, ...same, outputDir: one });
+    const expected = await collect(alone);
+    for (const events of values(await runRanks(size, { ...shared, ...extra, outputDir: many }))) {
+      expect(only(events, "step").map((e) => e.loss)).toEqual(only(expected, "step").map((e) => e.loss));
+      expect(only(events, "eval").map((e) => e.loss)).toEqual(only(expected, "eval").map((e) => e.loss));
+    }
+    expect(await tensors(many)).toEqual(await tensors(one));
+    expect((await readdir(join(many, "checkpoints"))).filter((n) => n.startsWith("."))).toEqual([]);
+    await using model = await loadModel(many);
+    expect(await model.generate("synthetic", { temperature: 0, maxTokens: 8 })).toHaveLength(8);
+  });
+
+  test("that share the state go on to the bit, also as another number", async () => {
+    const rest = { ...shared, learningRateSchedule: "constant" } as const;
+    const [straight, halves] = [folder("shared-straight"), folder("shared-halves")];
+    values(await runRanks(2, { ...rest, shards: 2, outputDir: straight }));
+    values(await runRanks(2, { ...rest, shards: 2, steps: 3, outputDir: halves }));
+    values(await runRanks(2, { ...rest, shards: 2, resume: true, outputDir: halves }));
+    expect(await tensors(halves)).toEqual(await tensors(straight));
+    // With as many ranks as micro-batches each order of sums is the same.
+    const changing = folder("shared-changing");
+    values(await runRanks(3, { ...rest, shards: 3, steps: 2, outputDir: changing }));
+    await using alone = new Trainer({ ...rest, steps: 4, resume: true, outputDir: changing });
+    await collect(alone);
+    values(await runRanks(3, { ...rest, replicas: 3, steps: 6, resume: true, outputDir: changing }));
+    values(await runRanks(2, { ...rest, resume: true, outputDir: changing }));
+    await using one = new Trainer({ ...rest, outputDir: folder("shared-one") });
+    await collect(one);
+    expect(await tensors(changing)).toEqual(await tensors(folder("shared-one")));
+  });
+
+  test("that share the state take what is left at the end of the data", async () => {
+    // Two micro-batches at the end for three ranks.
+    const all = { ...shared, steps: undefined, epochs: 1, data: { source: "planets", count: 70, workers: 0 } as const };
+    const [one, many] = [folder("rest-one"), folder("rest-many")];
+    await using alone = new Trainer({ ...all, outputDir: one });
+    const expected = await collect(alone);
+    const counts = only(expected, "step").map((e) => e.tokens);
+    expect(counts.at(-1)).toBeLessThan(counts[0]!);
+    const [events] = values(await runRanks(3, { ...all, shards: 3, outputDir: many }));
+    expect(only(events!, "step").map((e) => e.loss)).toEqual(only(expected, "step").map((e) => e.loss));
+    expect(await tensors(many)).toEqual(await tensors(one));
+  });
+
+  test.each([
+    [2, { context: 2 }],
+    [4, { context: 2, shards: 4, order: "breadthFirst" }],
+    [4, { context: 2, shards: 1, replicas: 2, stages: "alternating", batchSize: 4 }],
+  ] as [number, Partial<TrainerOptions>][])("%i that share rows learn what one does: %j", async (size, extra) => {
+    const model = { config: { ...REAL.model.config, dropout: 0, tiedEmbeddings: false } };
+    const all = { ...options, model, dtype: "float64", precision: "float64", ...extra } satisfies TrainerOptions;
+    const { context: _, shards: __, replicas: ___, stages: ____, ...plain } = all;
+    const [one, many] = [
+      folder(`rows-one-${size}-${Object.values(extra)}`),
+      folder(`rows-${size}-${Object.values(extra)}`),
+    ];
+    await using alone = new Trainer({ ...plain, outputDir: one });
+    const expected = await collect(alone);
+    const ranks = values(await runRanks(size, { ...all, outputDir: many }));
+    for (const events of ranks) {
+      for (const [i, step] of only(events, "step").entries()) {
+        const wanted = only(expected, "step")[i]!;
+        expect(Math.abs(step.loss / wanted.loss - 1)).toBeLessThan(1e-9);
+        expect(Math.abs(step.gradNorm / wanted.gradNorm - 1)).toBeLessThan(1e-7);
+        expect(step.tokens).toBe(wanted.tokens);
+      }
+      // Whole rows: each rank by itself.
+      const evals = only(events, "eval").map((e) => e.loss);
+      for (const [i, e] of only(expected, "eval").entries())
+        expect(Math.abs(evals[i]! / e.loss - 1)).toBeLessThan(1e-9);
+    }
+    // The checkpoint is that of one rank, in its form: either goes on from it.
+    await using after = new Trainer({ ...plain, steps: 9, resume: true, outputDir: many });
+    expect(only(await collect(after), "done")[0]!.step).toBe(9);
+  });
+
+  test("that share rows of a length that does not divide are told the arithmetic", async () => {
+    const settled = await runRanks(2, { ...options, context: 2, sequenceLength: 98, outputDir: folder("odd") });
+    for (const s of settled)
+      expect((s as PromiseRejectedResult).reason).toMatchObject({
+        code: "CONFIG",
+        message: expect.stringMatching(/98 = 24 x 4 \+ 2/),
+      });
+  });
+
   test("that run something else are told what", async () => {
     const settled = await runRanks(2, { ...options, outputDir: folder("differ") }, (rank) => ({ seed: rank }));
     for (const s of settled) {

@@ -12,7 +12,7 @@ import type { NativeRanks } from "../../src/train/native-session.js";
 import { nativeOrSkip } from "../support/native.js";
 import { random } from "../support/random-models.js";
 import { lawCase } from "./offload-case.js";
-import { joinAll, trainRanks } from "./rank-case.js";
+import { interleavedStages, joinAll, randomStages, trainRanks } from "./rank-case.js";
 import { differences, randomPolicy, sessionOptions, trainResident } from "./trial.js";
 
 const native = nativeOrSkip();
@@ -36,10 +36,12 @@ describe.skipIf(!native)("any number of ranks gives the same numbers", () => {
       );
       const policy = randomPolicy(next, c);
       if (policy.boundary === "slot") policy.boundary = "device";
-      const of = randomStages(next, c.graph, size);
+      let of = randomStages(next, c.graph, size);
       if (of === null) continue;
-      if (next() < 0.5 && isContiguous(c.graph, { rank: 0, ranks: size, of }))
-        policy.schedule = "oneForwardOneBackward";
+      const turns = c.microBatches % size === 0 ? interleavedStages(c.graph, size) : null;
+      if (next() < 0.4 && turns !== null) of = turns;
+      const stages = { rank: 0, ranks: size, of };
+      if (next() < 0.6 && (of === turns || isContiguous(c.graph, stages))) policy.schedule = "oneForwardOneBackward";
       let ranks = groups.get(size);
       if (ranks === undefined) {
         ranks = await joinAll(native!, size);
@@ -53,7 +55,7 @@ describe.skipIf(!native)("any number of ranks gives the same numbers", () => {
       });
       const label = `seed ${seed}: ${c.label}, ${size} ranks, blocks on ${of}, ${JSON.stringify({ ...policy, dims: undefined })}`;
       const plain = await trainResident(native!, c, options.threads);
-      const other = await trainRanks(native!, ranks, options, c, policy, of).catch((error: Error) => {
+      const other = await trainRanks(native!, ranks, options, c, policy, { of }).catch((error: Error) => {
         throw new Error(`${label}: ${error.message}`);
       });
       expect(differences(other, plain), label).toEqual([]);
@@ -69,15 +71,3 @@ describe.skipIf(!native)("any number of ranks gives the same numbers", () => {
     expect(readdirSync(folder)).toEqual([]);
   });
 });
-
-/** Tied blocks together, every rank with something; null where the draw left one without. */
-function randomStages(next: () => number, graph: ReturnType<typeof lawCase>["graph"], ranks: number): number[] | null {
-  const of: number[] = [];
-  const inOrder = next() < 0.5;
-  for (const b of graph.blocks.keys()) {
-    const first = ownersOf(graph, b)[0];
-    const drawn = inOrder ? Math.floor((b * ranks) / graph.blocks.length) : Math.floor(next() * ranks);
-    of.push(first !== undefined && first < b ? of[first]! : drawn);
-  }
-  return new Set(of).size === ranks ? of : null;
-}

@@ -217,11 +217,12 @@ export class FakeSession implements NativeSession {
         name: p.name,
         dtype: "float32" as const,
         shape: p.shape,
+        begin: 0,
         bytes: 4 * p.shape.reduce((a, b) => a * b, 1),
       })),
     );
     for (const p of this.#parameters())
-      entries.push({ kind: "step", name: p.name, dtype: "int64", shape: [], bytes: 8 });
+      entries.push({ kind: "step", name: p.name, dtype: "int64", shape: [], begin: 0, bytes: 8 });
     return entries;
   }
 
@@ -241,6 +242,9 @@ export class FakeSession implements NativeSession {
     return {
       copied: this.faults.uncopied !== true,
       write: (path, header, entries) => this.#writeFile(copy, path, header, entries),
+      writeParts: async () => {
+        throw new Error("one rank writes whole tensors");
+      },
       dispose: () => {
         if (open_) this.openSnapshots--;
         open_ = false;

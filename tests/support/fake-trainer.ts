@@ -34,6 +34,7 @@ export function fakeParts(faults: FakeFaults = {}, vocabulary = LETTERS.length):
       huggingFaceConfig: { model_type: "bigram" },
     }),
     computeDType: async () => ({ dtype: "float32", why: "nothing is computed here" }),
+    context: async () => null,
     plan: async (graph, o) => {
       const placement = { arenas: { deviceBytes: 0, hostBytes: 0, diskBytes: 0 }, homes: [] };
       const tape = (microBatches: number): Tape => ({
@@ -64,6 +65,7 @@ export function fakeParts(faults: FakeFaults = {}, vocabulary = LETTERS.length):
         predict: () => {
           throw new Error("nothing is predicted here");
         },
+        padded: (count) => count,
         tapes: (microBatches) => ({ step: tape(microBatches), flush: null }),
       };
     },

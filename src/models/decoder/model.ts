@@ -13,6 +13,7 @@ import type { DecoderConfig } from "./config.js";
 /**
  * Batch: input_ids, position_ids int64 [B, T]; labels int64 [B, T] in train and eval, already shifted, -100 for none;
  * segment_ids int64 [B, T] with documentMask (not in generate, where a row is one document).
+ * Where rows are shared out to ranks (m.context), T is this rank's share in all of them, at the positions it stands at.
  * train: loss term "loss". eval: output "loss". generate: output "logits" float32 [B, V] of the last position.
  */
 export const decoder = model<DecoderConfig>("decoder", (m, cfg) => {
@@ -60,7 +61,7 @@ function decoderLayer(
     bias: cfg.attentionBias,
     qkNormEps: cfg.qkNorm ? cfg.normEps : null,
     rotation,
-    mask: batch.segments === null ? null : nn.documentMask(batch.segments),
+    documents: batch.segments,
     init,
     outputInit,
   });

@@ -124,6 +124,10 @@ describe("the options, declared once", () => {
           "--restart",
           "--rank-timeout",
           "--stages",
+          "--shards",
+          "--replicas",
+          "--context",
+          "--reduce-dtype",
           "--distributed",
           "--use-8bit-optimizer",
           "--use-mixed-precision",
@@ -151,6 +155,8 @@ describe("the options, declared once", () => {
       "microBatchSize",
       "outputDir",
       "ranks", // their number here, which rank this is there
+      "stages", // what is not said, training settles: by a rule, or as the planner finds
+      "shards",
       "validationShare",
       "packing",
       "onBadSource",

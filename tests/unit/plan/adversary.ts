@@ -65,6 +65,10 @@ export function touches(graph: Graph, tape: Tape, i: Instruction): { reads: Rang
       return { reads: all([i.from]), writes: all([i.to]) };
     case "norm":
       return { reads: all(i.sums), writes: all(i.sums) };
+    case "partial":
+      return { reads: all(i.sums), writes: all([i.to]) };
+    case "reduce":
+      return { reads: all(i.parts), writes: all([i.to]) };
     case "report":
     case "agree":
     case "coefficient":

@@ -1,11 +1,16 @@
 /** Stages, and the tapes of several ranks: proved together, and refused when one of them is wrong. */
 import { describe, expect, it } from "vitest";
 import { StromaError } from "../../../src/errors.js";
+import { traceModel } from "../../../src/graph/index.js";
+import { decoderConfig } from "../../../src/models/decoder/config.js";
+import { decoder } from "../../../src/models/decoder/model.js";
 import { checkRanks } from "../../../src/plan/check-ranks.js";
 import { ownersOf } from "../../../src/plan/layout.js";
 import { residentPolicy } from "../../../src/plan/planner.js";
+import { findProfile } from "../../../src/plan/profiles.js";
+import { simulateRanks } from "../../../src/plan/simulate-ranks.js";
 import { assignStages, isContiguous, type StageRule } from "../../../src/plan/stages.js";
-import type { Instruction, Schedule, Tape } from "../../../src/plan/types.js";
+import type { Boundary, Instruction, Schedule, Tape } from "../../../src/plan/types.js";
 import { writeTape } from "../../../src/plan/write-tape.js";
 import { resolveModel } from "../../../src/train/model-source.js";
 import { random, randomModel } from "../../support/random-models.js";
@@ -13,18 +18,35 @@ import { random, randomModel } from "../../support/random-models.js";
 type Exchange = Extract<Instruction, { op: "send" | "receive" }>;
 
 const graph = resolveModel("tiny").graph("train", "float32");
+/** Interleaved stages are for heads of their own. */
+const untied = traceModel(
+  decoder,
+  decoderConfig({ vocabSize: 64, dim: 32, layers: 6, heads: 2, kvHeads: 1, ffn: 48, tiedEmbeddings: false }),
+  { mode: "train" },
+);
 const dims = { B: 2, T: 16 };
+/** Messages that take no time. */
+const EVEN = { ...findProfile("cpu"), rankLink: 1e15, copySeconds: 0, instructionSeconds: 0 };
 
-function tapesOf(ranks: number, rule: StageRule, schedule: Schedule, update: "end" | "backward" = "end"): Tape[] {
+const graphOf = (rule: StageRule) => (rule === "interleaved" ? untied : graph);
+
+function tapesOf(
+  ranks: number,
+  rule: StageRule,
+  schedule: Schedule,
+  update: "end" | "backward" = "end",
+  microBatches = rule === "interleaved" ? 6 : 4,
+): Tape[] {
+  const graph = graphOf(rule);
   const of = assignStages(graph, ranks, rule);
-  const policy = { ...residentPolicy(graph, { microBatches: 4, schedule, update, recompute: "all" }), dims };
+  const policy = { ...residentPolicy(graph, { microBatches, schedule, update, recompute: "all" }), dims };
   return Array.from({ length: ranks }, (_, rank) =>
     structuredClone(writeTape(graph, { ...policy, boundary: "device", stages: { rank, ranks, of } }).step),
   );
 }
-const refusal = (tapes: Tape[]): string => {
+const refusal = (tapes: Tape[], rule: StageRule = "alternating"): string => {
   try {
-    checkRanks(graph, tapes);
+    checkRanks(graphOf(rule), tapes);
   } catch (error) {
     expect(error).toBeInstanceOf(StromaError);
     expect(error).toMatchObject({ code: "TAPE" });
@@ -75,17 +97,19 @@ describe("the tapes of ranks", () => {
     ["alternating", "breadthFirst", "backward"],
     ["contiguous", "oneForwardOneBackward", "end"],
     ["contiguous", "depthFirst", "backward"],
+    ["interleaved", "oneForwardOneBackward", "backward"],
+    ["interleaved", "breadthFirst", "end"],
   ];
 
   it.each(kinds)("%s, %s, update %s: are accepted; each boundary crosses once each way", (rule, schedule, update) => {
     const tapes = tapesOf(3, rule, schedule, update === "backward" ? "backward" : "end");
-    expect(refusal(tapes)).toBe("");
+    expect(refusal(tapes, rule)).toBe("");
     const sends = tapes.flatMap((t) => t.instructions.filter((i): i is Exchange => i.op === "send"));
     const keys = sends.map((i) => JSON.stringify([i.operand, i.peer]));
     expect(new Set(keys).size).toBe(keys.length);
     const of = tapes[0]!.stages!.of;
     const cuts = of.slice(1).filter((rank, b) => rank !== of[b]).length;
-    expect(sends).toHaveLength(2 * 4 * cuts);
+    expect(sends).toHaveLength(2 * tapes[0]!.microBatches * cuts);
   });
 
   it.each(kinds)("%s, %s, update %s: are refused with anything of an exchange changed", (rule, schedule, update) => {
@@ -97,7 +121,8 @@ describe("the tapes of ranks", () => {
         i.place = t.places.findIndex((p, k) => k !== i.place && p.space === "device" && p.bytes >= i.bytes);
       },
       "of another micro-batch": (t, at) => {
-        exchange(t, at).operand.microBatch = (exchange(t, at).operand.microBatch + 1) % 4;
+        const operand = exchange(t, at).operand as Boundary;
+        operand.microBatch = (operand.microBatch + 1) % 4;
       },
       "with another count": (t, at) => {
         exchange(t, at).count += 1;
@@ -111,11 +136,41 @@ describe("the tapes of ranks", () => {
     for (const [name, plant] of Object.entries(faults))
       for (let k = 0; k < 6; k++) {
         const tapes = structuredClone(good);
-        const t = tapes[Math.floor(next() * 3)]!;
+        const t = tapes[Math.floor(next() * tapes.length)]!;
         const all = [...t.instructions.entries()].filter(([, i]) => i.op === "send" || i.op === "receive");
         plant(t, all[Math.floor(next() * all.length)]![0]);
-        expect(refusal(tapes), `${name}, ${k}`).not.toBe("");
+        expect(refusal(tapes, rule), `${name}, ${k}`).not.toBe("");
       }
+  });
+
+  it("have the bubble of their schedule: (R - 1) / (M + R - 1), and M doubled interleaved", () => {
+    const size = { vocabSize: 300, dim: 256, layers: 16, heads: 4, kvHeads: 2, ffn: 512, tiedEmbeddings: false };
+    const deep = traceModel(decoder, decoderConfig(size), { mode: "train" });
+    const M = 12;
+    for (const R of [2, 4])
+      for (const [rule, stretches] of [
+        ["contiguous", 1],
+        ["interleaved", 2],
+      ] as const) {
+        const of = assignStages(deep, R, rule);
+        const policy = { ...residentPolicy(deep, { microBatches: M, schedule: "oneForwardOneBackward" }), dims };
+        const tapes = Array.from(
+          { length: R },
+          (_, rank) => writeTape(deep, { ...policy, boundary: "device", stages: { rank, ranks: R, of } }).step,
+        );
+        const bubble = simulateRanks(deep, tapes, EVEN).ranks.reduce((sum, r) => sum + r.bubble, 0) / R;
+        // The model's ends are not quite as much work as its layers.
+        expect(Math.abs(bubble - (R - 1) / (M * stretches + R - 1)), `${R} ${rule}`).toBeLessThan(0.02);
+      }
+  });
+
+  it("are not written interleaved for micro-batches that do not come out, or a head tied to the embedding", () => {
+    expect(() => tapesOf(3, "interleaved", "oneForwardOneBackward", "end", 4)).toThrow(/4 \/ 3 is no whole number/);
+    const of = assignStages(graph, 2, "interleaved");
+    const policy = { ...residentPolicy(graph, { microBatches: 4, schedule: "oneForwardOneBackward" }), dims };
+    expect(() => writeTape(graph, { ...policy, boundary: "device", stages: { rank: 0, ranks: 2, of } })).toThrow(
+      /stages of neighbouring blocks/,
+    );
   });
 
   it("are refused when a pass does not wait for what comes from another rank", () => {

@@ -179,6 +179,8 @@ export class Machine {
         break;
       case "report":
       case "agree":
+      case "partial":
+      case "reduce":
       case "send":
       case "receive":
         throw new Error("a replay is of one rank");

@@ -46,6 +46,10 @@ function touches(i: Instruction, tape: Tape): { reads: [Place, number, number][]
       return { reads: [], writes: [] };
     case "norm":
       return { reads: all(i.sums), writes: [] };
+    case "partial":
+      return { reads: all(i.sums), writes: all([i.to]) };
+    case "reduce":
+      return { reads: all(i.parts), writes: all([i.to]) };
     case "pack":
       return { reads: all(i.sums), writes: all([i.to]) };
     case "update":
