@@ -185,4 +185,33 @@ describe.skipIf(!native)("ranks that share the state of blocks", () => {
     }
     expect(readdirSync(folder)).toEqual([]);
   });
+
+  it("may send gradients as bfloat16: half the bytes, and as far off as that rounds", {
+    timeout: 120_000,
+  }, async () => {
+    for (let seed = firstSeed + 300_000, tried = 0; tried < 6; seed++) {
+      const drawn = unclipped(lawCase(seed));
+      if (drawn.dtype === "float64") continue;
+      tried++;
+      const c: LawCase = {
+        ...drawn,
+        state: { storage: "float32", masterWeight: "none", optimizer: "adamw" },
+        steps: drawn.steps.slice(0, 1),
+      };
+      const next = random(seed * 15_485_863 + 5);
+      const policy = { ...policyOf(next, c), schedule: "breadthFirst" } as const;
+      const stages = { of: c.graph.blocks.map(() => 0), shards: 2 };
+      const ranks = await ranksOf(2);
+      const wide = await trainRanks(native!, ranks, simulated(c), c, policy, stages);
+      const narrow = await trainRanks(native!, ranks, simulated(c), c, { ...policy, reduceDType: "bfloat16" }, stages);
+      const label = say(seed, c, policy, stages);
+      for (const [rank, sent] of narrow.sent.entries()) expect(sent, label).toBeLessThan(wide.sent[rank]!);
+      let most = 0;
+      for (const [key, data] of wide.state)
+        if (key.startsWith("exp_avg ")) most = Math.max(most, apart(narrow.state.get(key)!, data, false));
+      // Each of two parts is rounded to eight bits of mantissa; they may be larger than their sum.
+      expect(most, label).toBeGreaterThan(0);
+      expect(most, label).toBeLessThan(4 * 2 ** -8);
+    }
+  });
 });
