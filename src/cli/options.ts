@@ -394,7 +394,7 @@ export const trainOptions = {
   stages: choice(
     RANKS,
     STAGE_RULES,
-    "Which blocks a rank has: dealt out in turn, or a stretch of neighbours (with --order oneForwardOneBackward)",
+    "Which blocks a rank has: dealt out in turn, or with --order oneForwardOneBackward a stretch of neighbours or two",
     "alternating; --plan auto chooses",
   ),
   shards: count(

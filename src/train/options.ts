@@ -191,6 +191,8 @@ export function resolveOptions(options: TrainerOptions): ResolvedOptions {
   const device = o.device ?? "cpu";
   if (!/^(?:cpu|sim|cuda:\d+)$/.test(device))
     throw invalidArgument("trainer", '"cpu", "sim" or "cuda:<n>"', device, "device");
+  const shared = resolveShards(o);
+  const groups = ((shared.shards ?? 1) * shared.replicas) / shared.context;
   const sampleEveryNSteps = whole(o.sampleEveryNSteps ?? 0, "sampleEveryNSteps", 0);
   const samplePrompts = o.samplePrompts ?? [];
   if (!Array.isArray(samplePrompts) || samplePrompts.some((prompt) => typeof prompt !== "string"))
@@ -202,7 +204,7 @@ export function resolveOptions(options: TrainerOptions): ResolvedOptions {
     data: o.data,
     steps,
     epochs: o.epochs === undefined ? null : whole(o.epochs, "epochs", 1),
-    ...resolveBatch(o),
+    ...resolveBatch(o, groups),
     sequenceLength: whole(o.sequenceLength ?? 256, "sequenceLength", 1),
     learningRate,
     learningRateSchedule,
@@ -222,7 +224,7 @@ export function resolveOptions(options: TrainerOptions): ResolvedOptions {
     device,
     ranks: o.ranks ?? null,
     stages: o.stages === undefined ? null : oneOf(o.stages, STAGE_RULES, "stages"),
-    ...resolveShards(o),
+    ...shared,
     threads: whole(o.threads ?? 0, "threads", 0, MAX_THREADS),
     profileMemory:
       typeof o.profileMemory === "number" ? whole(o.profileMemory, "profileMemory", 1) : (o.profileMemory ?? false),
@@ -246,8 +248,14 @@ function resolveShards(o: TrainerOptions): Pick<ResolvedOptions, "shards" | "rep
   return { shards, replicas, context, reduceDtype };
 }
 
-/** @throws CONFIG showing the product that does not come out */
-export function resolveBatch(o: Pick<TrainerOptions, "batchSize" | "microBatchSize" | "gradientAccumulationSteps">): {
+/**
+ * @param groups ranks that each need a micro-batch of their own
+ * @throws CONFIG showing the product that does not come out
+ */
+export function resolveBatch(
+  o: Pick<TrainerOptions, "batchSize" | "microBatchSize" | "gradientAccumulationSteps">,
+  groups = 1,
+): {
   batchSize: number;
   microBatchSize: number;
   gradientAccumulationSteps: number;
@@ -257,8 +265,8 @@ export function resolveBatch(o: Pick<TrainerOptions, "batchSize" | "microBatchSi
   const { batchSize: batch, microBatchSize: micro, gradientAccumulationSteps: accumulation } = o;
   const resolved = (m: number, a: number) => ({ batchSize: m * a, microBatchSize: m, gradientAccumulationSteps: a });
   if (batch === undefined) {
-    if (micro === undefined && accumulation === undefined) return resolved(8, 1);
-    return resolved(micro ?? 1, accumulation ?? 1);
+    if (micro === undefined && accumulation === undefined) return resolved(Math.ceil(8 / groups), groups);
+    return resolved(micro ?? 1, accumulation ?? groups);
   }
   if (micro !== undefined && accumulation !== undefined && micro * accumulation !== batch)
     throw config(
@@ -267,7 +275,7 @@ export function resolveBatch(o: Pick<TrainerOptions, "batchSize" | "microBatchSi
   const [name, divisor] =
     micro !== undefined
       ? (["microBatchSize", micro] as const)
-      : (["gradientAccumulationSteps", accumulation ?? 1] as const);
+      : (["gradientAccumulationSteps", accumulation ?? groups] as const);
   if (batch % divisor !== 0)
     throw config(
       `batchSize ${batch} is not a multiple of ${name} ${divisor}: ${batch} = ${Math.floor(batch / divisor)} x ${divisor} + ${batch % divisor}`,

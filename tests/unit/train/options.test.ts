@@ -30,6 +30,14 @@ describe("the arithmetic of the batch", () => {
     expect(resolveBatch(given)).toEqual(expected);
   });
 
+  test("ranks that share blocks get a micro-batch each, unless it is said otherwise", () => {
+    expect(resolveBatch({}, 2)).toEqual(trio(8, 4, 2));
+    expect(resolveBatch({ batchSize: 12 }, 3)).toEqual(trio(12, 4, 3));
+    expect(resolveBatch({ microBatchSize: 2 }, 4)).toEqual(trio(8, 2, 4));
+    expect(resolveBatch({ batchSize: 12, microBatchSize: 2 }, 3)).toEqual(trio(12, 2, 6));
+    expect(resolveBatch({ gradientAccumulationSteps: 8 }, 4)).toEqual(trio(8, 1, 8));
+  });
+
   test("a contradiction is refused with the product shown", () => {
     expect(() => resolveBatch(trio(32, 4, 4))).toThrow("32 is not microBatchSize 4 x gradientAccumulationSteps 4 = 16");
     expect(() => resolveBatch({ batchSize: 10, microBatchSize: 4 })).toThrow("10 = 2 x 4 + 2");
