@@ -11,7 +11,7 @@ import type { Graph } from "../graph/types.js";
 import { dtypeBytes } from "../graph/value.js";
 import type { Buffers } from "./arena.js";
 import type { BlockLayout, Range } from "./layout.js";
-import { memberOf, membersOf, rankAt, replicaOf, replicasOf, shardOf, shardsOf, stageOf } from "./mesh.js";
+import { memberOf, rankAt, replicaOf, replicasOf, shardOf, shardsOf, stageOf } from "./mesh.js";
 import type { Boundary, GradientDType, Instruction, P, Shard, Stages } from "./types.js";
 
 interface Emitter {
