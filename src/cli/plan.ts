@@ -153,6 +153,8 @@ export function plan(args: PlanArguments, machine: ProbeReport | null = probeMac
       );
   const found = findModel(args.model);
   if (args.ranks !== undefined) return scalePlan(found, args);
+  for (const name of ["shard-group", "network", "compiled"] as const)
+    if (args[name] !== undefined) throw new StromaError("CONFIG", `[plan] --${name} is for --ranks`);
   const { devices, stages, rank } = args;
   if (devices === 1 && (stages !== undefined || rank !== undefined))
     throw new StromaError("CONFIG", `[plan] --${stages === undefined ? "rank" : "stages"} is for --devices 2 or more`);

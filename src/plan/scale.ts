@@ -73,7 +73,7 @@ export interface ScaleReport {
 
 /**
  * Throws CONFIG for a group that does not divide the ranks or counts that are none, SHAPE for a dim without a size, TAPE for
- * a graph without a loss.
+ * a graph that does not train.
  */
 export function simulateScale(graph: Graph, request: ScaleRequest): ScaleReport {
   const { ranks, shardGroup = ranks, cluster } = request;
@@ -82,8 +82,7 @@ export function simulateScale(graph: Graph, request: ScaleRequest): ScaleReport 
       throw new StromaError("CONFIG", `[plan] expected ${name} to be a whole number of at least 1, got ${n}`);
   if (ranks % shardGroup !== 0)
     throw new StromaError("CONFIG", `[plan] ${ranks} ranks cannot be groups of ${shardGroup}: it does not divide them`);
-  if (graph.losses.length === 0)
-    throw new StromaError("TAPE", `[plan] ${graph.model} has no loss: trace it in mode "train"`);
+  if (graph.mode !== "train") throw new StromaError("TAPE", `[plan] expected a graph in train mode, got ${graph.mode}`);
   const blocks = blockWorks(graph, request);
   const step = new Step(blocks, { ...request, shardGroup }, graph);
   const played = play(step.works, cluster.collectiveShare);
