@@ -7,6 +7,7 @@
  */
 import { parseArgs } from "node:util";
 import { type PlanRequest, planAuto } from "../src/plan/auto.js";
+import { planRanksAuto } from "../src/plan/auto-ranks.js";
 import type { ClusterProfile } from "../src/plan/cluster.js";
 import { simulateScale } from "../src/plan/scale.js";
 import { type OffloadRow, offloadRows } from "./support/offloaded.js";
@@ -75,22 +76,26 @@ for (const { source, what, request, graph, tokensPerSecond, memory, fitted } of 
   });
 }
 
-const planned = ({ graph, request }: OffloadRow, flops: number | null) => {
+const planned = ({ graph, request, devices, what }: OffloadRow, flops: number | null) => {
   const { profile } = request;
   const gemm = { ...profile.gemm, bfloat16: { ...profile.gemm.bfloat16, flops: flops ?? profile.gemm.bfloat16.flops } };
   const asked: PlanRequest = { ...request, profile: { ...profile, gemm } };
-  const { report, policy } = planAuto(graph, asked);
-  if (!report.fits) throw new Error(`${graph.model} does not fit: ${JSON.stringify(request.budget)}`);
-  return { report, policy };
+  const { report, policy } =
+    devices === undefined ? planAuto(graph, asked) : planRanksAuto(graph, { ...asked, devices });
+  if (!report.fits) throw new Error(`${what} does not fit: ${JSON.stringify(request.budget)}`);
+  return {
+    report,
+    how: `our plan: ${devices === undefined ? "" : "pipeline, "}${report.order}, recompute ${policy.recompute}`,
+  };
 };
 for (const row of offloadRows()) {
   const first = row.fitted !== null && rates[row.fitted] === undefined;
   if (first)
     rates[row.fitted!] = rateFor(row.tokensPerSecond, (flops) => planned(row, flops).report.predictedTokensPerSecond);
-  const { report, policy } = planned(row, row.fitted === null ? null : rates[row.fitted]!);
+  const { report, how } = planned(row, row.fitted === null ? null : rates[row.fitted]!);
   record({
     source: row.source,
-    what: `${row.what}; our plan: ${report.order}, recompute ${policy.recompute}`,
+    what: `${row.what}; ${how}`,
     published: row.tokensPerSecond,
     predicted: report.predictedTokensPerSecond,
     fitted: first,

@@ -15,7 +15,10 @@ export interface OffloadRow {
   what: string;
   graph: Graph;
   request: PlanRequest;
+  /** Of all cards. */
   tokensPerSecond: number;
+  /** A pipeline over so many cards (planRanksAuto). */
+  devices?: number;
   /** Whose rate of products is fitted, on the first of its rows; null: the profile's stands. */
   fitted: string | null;
 }
@@ -99,14 +102,38 @@ export function offloadRows(): OffloadRow[] {
     tokensPerSecond,
     fitted: "RTX 4090, fp16 sums",
   });
+  /**
+   * The same over cards. Theirs shard or deal out; ours is a pipeline over blocks with 8 micro-batches a step, fewer than theirs:
+   * where there are more, the tapes of alternating stages that the planner tries wait for each other for ever, and it ends.
+   */
+  const over = (
+    devices: number,
+    row: OffloadRow,
+    B: number,
+    tokensPerSecond: number,
+    source = row.source,
+  ): OffloadRow => ({
+    ...row,
+    source,
+    what: row.what.replace("1 RTX 4090", `${devices} RTX 4090`),
+    request: { ...row.request, dims: { ...row.request.dims, B }, gradientAccumulationSteps: 8 },
+    tokensPerSecond,
+    devices,
+  });
+  const four = "IST-DASLab/llmq benchmarks/4090x4.md (arXiv 2512.15306)";
+  const llama = roundPipe("Llama 3.1 8B", [8, 32], 3142);
   return [
     llmq("0.5B", 16, 39_842),
     llmq("1.5B", 16, 14_072),
     llmq("3B", 16, 7004),
     llmq("7B", 16, 2777),
     llmq("14B", 16, 1348),
-    roundPipe("Llama 3.1 8B", [8, 32], 3142),
+    over(4, llmq("7B", 16, 0), 16, 10_897, four),
+    over(4, llmq("14B", 16, 0), 16, 5261, four),
+    llama,
     roundPipe("Qwen3 1.7B", [8, 64], 8881),
     roundPipe("Qwen3 32B", [4, 32], 740),
+    over(2, llama, 8, 6259),
+    over(4, llama, 8, 12_278),
   ];
 }

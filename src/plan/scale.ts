@@ -77,14 +77,7 @@ export interface ScaleReport {
  */
 export function simulateScale(graph: Graph, request: ScaleRequest): ScaleReport {
   const { ranks, shardGroup = ranks, cluster } = request;
-  for (const [name, n] of Object.entries({ ranks, shardGroup, microBatches: request.microBatches }))
-    if (!Number.isSafeInteger(n) || n < 1)
-      throw new StromaError("CONFIG", `[plan] expected ${name} to be a whole number of at least 1, got ${n}`);
-  if (ranks % shardGroup !== 0)
-    throw new StromaError("CONFIG", `[plan] ${ranks} ranks cannot be groups of ${shardGroup}: it does not divide them`);
-  if (graph.mode !== "train") throw new StromaError("TAPE", `[plan] expected a graph in train mode, got ${graph.mode}`);
-  const blocks = blockWorks(graph, request);
-  const step = new Step(blocks, { ...request, shardGroup }, graph);
+  const step = stepOf(graph, request);
   const played = play(step.works, cluster.collectiveShare);
   const { dims, microBatches } = request;
   const tokens = (dims.B ?? 1) * (dims.T ?? 1) * microBatches;
@@ -104,8 +97,22 @@ export function simulateScale(graph: Graph, request: ScaleRequest): ScaleReport 
     gatheredBytes: step.sent.gather,
     scatteredBytes: step.sent.scatter,
     summedBytes: step.sent.sum,
-    memory: memoryOf(blocks, { ...request, shardGroup }, graph),
+    memory: memoryOf(step.blocks, { ...request, shardGroup }, graph),
   };
+}
+
+/** The works of a representative rank's step, in order. Throws as `simulateScale`. */
+export const worksOf = (graph: Graph, request: ScaleRequest): readonly Work[] => stepOf(graph, request).works;
+
+function stepOf(graph: Graph, request: ScaleRequest): Step {
+  const { ranks, shardGroup = ranks, microBatches } = request;
+  for (const [name, n] of Object.entries({ ranks, shardGroup, microBatches }))
+    if (!Number.isSafeInteger(n) || n < 1)
+      throw new StromaError("CONFIG", `[plan] expected ${name} to be a whole number of at least 1, got ${n}`);
+  if (ranks % shardGroup !== 0)
+    throw new StromaError("CONFIG", `[plan] ${ranks} ranks cannot be groups of ${shardGroup}: it does not divide them`);
+  if (graph.mode !== "train") throw new StromaError("TAPE", `[plan] expected a graph in train mode, got ${graph.mode}`);
+  return new Step(blockWorks(graph, request), { ...request, shardGroup }, graph);
 }
 
 /** A block's forward, backward or, of a head, both. */
@@ -133,7 +140,7 @@ class Step {
   private readonly reduceBytes: number;
 
   constructor(
-    private readonly blocks: readonly BlockWork[],
+    readonly blocks: readonly BlockWork[],
     private readonly request: ScaleRequest & { shardGroup: number },
     graph: Graph,
   ) {

@@ -5,7 +5,7 @@ import { allReduceSeconds, highestOf, ringSeconds, slowest } from "../../../src/
 import { CostModel } from "../../../src/plan/cost.js";
 import { sizedProgram } from "../../../src/plan/cost-calls.js";
 import { fusedTraffic } from "../../../src/plan/cost-fused.js";
-import { type ScaleReport, type ScaleRequest, simulateScale } from "../../../src/plan/scale.js";
+import { type ScaleReport, type ScaleRequest, simulateScale, worksOf } from "../../../src/plan/scale.js";
 import { play, type Work } from "../../../src/plan/scale-play.js";
 import { parseRanks, scaleTable } from "../../../src/plan/scale-table.js";
 import { blockWorks, SCALE_RECOMPUTE } from "../../../src/plan/scale-work.js";
@@ -106,6 +106,27 @@ describe("time of a step", () => {
       }
   });
 
+  it("has weights of two blocks at hand: a gather begins with the visit before its own", () => {
+    const works = worksOf(graph, request);
+    const compute = works.flatMap((w, i) => (w.line === "compute" ? [i] : []));
+    // What the card copies out of a buffer, it waits for; all but the update, which waits for a norm.
+    const gathers = compute.slice(0, -1).flatMap((i) => works[i]!.waits);
+    const visits = blockWorks(graph, request).length * 2 - 1;
+    // Not again: those of the embedding and of the last layer.
+    expect(gathers).toHaveLength(visits - 2);
+    for (const i of gathers) {
+      const before = compute.findLast((c) => c < i);
+      expect(works[i]!.waits).toEqual(before === undefined ? [] : [before]);
+    }
+  });
+
+  it("updates each rank's part", () => {
+    const { deviceMemory } = request.cluster.card;
+    const bytes = sum(blockWorks(graph, request).map((w) => w.updateBytes));
+    const last = worksOf(graph, request).at(-1)!;
+    expect(last.seconds).toBeCloseTo((bytes / 16 / deviceMemory) * slowest(16, request.cluster.spread), 12);
+  });
+
   it("says what binds", () => {
     expect(run({ dims: { B: 8, T: 2048 } }).boundBy).toBe("compute");
     expect(run({ cluster: links({ network: 1e9 }) }).boundBy).toBe("network");
@@ -129,6 +150,7 @@ describe("time of a step", () => {
     const works = blockWorks(graph, request);
     const layers = sum(works.filter((w) => w.name.startsWith("model.layers.")).map((w) => w.forward.flops));
     expect(all.flops - none.flops).toBeCloseTo(layers, -6);
+    expect(run({ microBatches: 3 }).flops).toBeCloseTo(3 * all.flops, -6);
     for (const recompute of ["selective", "everySecondProduct", "everySecondLayer"] as const) {
       const report = run({ recompute });
       expect(report.flops).toBeGreaterThan(none.flops);
