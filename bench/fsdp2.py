@@ -220,6 +220,7 @@ def main():
     fully_shard(model, **options)
     model.to_empty(device="cpu")
     fill(model, setup, rank, ranks)
+    made = memory("VmHWM")
     decay = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
@@ -248,7 +249,8 @@ def main():
             seconds.append(took.item())
 
     each = [None] * ranks
-    dist.all_gather_object(each, {"rank": rank, "rssBeforeModelBytes": before, "peakRssBytes": memory("VmHWM")})
+    dist.all_gather_object(each, {"rank": rank, "rssBeforeModelBytes": before, "peakRssBeforeStepsBytes": made,
+                                  "peakRssBytes": memory("VmHWM")})
     if rank == 0:
         print(json.dumps({
             "name": "fsdp2", "secondsPerStep": statistics.median(seconds), "seconds": seconds, "losses": losses, "norms": norms,

@@ -14,6 +14,7 @@ import { STAGE_RULES, type StageRule } from "../plan/stages.js";
 import type { Recompute, StateFormat } from "../plan/types.js";
 import { ranksTapeText, ranksText } from "./plan-ranks-report.js";
 import { planText, tapeText } from "./plan-report.js";
+import { scalePlan } from "./plan-scale.js";
 
 export interface PlanArguments {
   model: string;
@@ -35,6 +36,10 @@ export interface PlanArguments {
   profile?: string;
   tape?: boolean;
   rank?: number;
+  ranks?: string;
+  "shard-group"?: number;
+  network?: string;
+  compiled?: boolean;
   json?: boolean;
 }
 
@@ -96,6 +101,27 @@ export const planCommand: CommandModule<object, PlanArguments> = {
           implies: "tape",
           describe: "Of several cards, only the instructions of this one, from 0",
         },
+        ranks: {
+          type: "string",
+          describe:
+            "Instead a table: so many cards over machines, weights and state sharded over them, e.g. 8,64 or 8-4096 (doubling); batch sizes are a card's",
+        },
+        "shard-group": {
+          type: "number",
+          implies: "ranks",
+          describe:
+            "Shard over groups of so many, each with a copy of the model. Default: the faster of a machine and all",
+        },
+        network: {
+          type: "string",
+          implies: "ranks",
+          describe: "Bytes a second of a card's share of the network, each way, e.g. 12.5GB. Default: the profile's",
+        },
+        compiled: {
+          type: "boolean",
+          implies: "ranks",
+          describe: "Elementwise work runs in compiled kernels, not a kernel for each operator",
+        },
         json: { type: "boolean", describe: "One JSON object instead of text" },
       })
       .example("$0 plan --model tiny", "on this machine")
@@ -105,7 +131,11 @@ export const planCommand: CommandModule<object, PlanArguments> = {
       )
       .example("$0 plan --model astro-13b --devices 2 --device-memory 24GB --host-memory 64GB", "on two cards")
       .example("$0 plan --model 7b --device-memory 24GB --host-memory 32GB --disk 100GB", "with a disk for the rest")
-      .example("$0 plan --model 1b --profile a5000 --device-memory 8GiB --tape | less", "read the schedule"),
+      .example("$0 plan --model 1b --profile a5000 --device-memory 8GiB --tape | less", "read the schedule")
+      .example(
+        "$0 plan --model 8b --ranks 8-4096 --profile h100 --micro-batch-size 2 --sequence-length 8192 --gradient-accumulation-steps 1",
+        "from one machine to 512",
+      ),
   handler: (args) => {
     process.stdout.write(plan(args));
   },
@@ -119,12 +149,17 @@ export function plan(args: PlanArguments, machine: ProbeReport | null = probeMac
     "micro-batch-size",
     "gradient-accumulation-steps",
     "layers-per-block",
+    "shard-group",
   ] as const)
     if (args[name] !== undefined && (!Number.isSafeInteger(args[name]) || args[name] < 1))
       throw new StromaError(
         "CONFIG",
         `[plan] expected --${name} to be a whole number of at least 1, got ${args[name]}`,
       );
+  const found = findModel(args.model);
+  if (args.ranks !== undefined) return scalePlan(found, args);
+  for (const name of ["shard-group", "network", "compiled"] as const)
+    if (args[name] !== undefined) throw new StromaError("CONFIG", `[plan] --${name} is for --ranks`);
   const { devices, stages, shards, rank } = args;
   const lone = (["stages", "shards", "rank"] as const).find((name) => args[name] !== undefined);
   if (devices === 1 && lone !== undefined)
@@ -135,7 +170,6 @@ export function plan(args: PlanArguments, machine: ProbeReport | null = probeMac
   const profile = profileFor(args, machine, notes);
   const precision = args.precision ?? (profile.device === "cuda" ? "bfloat16" : "float32");
   const masterWeight = args["master-weight"] ?? (precision === "bfloat16" ? "float32" : "none");
-  const found = findModel(args.model);
   const graph = found.graph({ mode: "train", dtype: precision });
   const request: PlanRequest = {
     dims: { B: args["micro-batch-size"], T: args["sequence-length"] },

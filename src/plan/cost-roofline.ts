@@ -5,12 +5,13 @@
 import type { OpName } from "../graph/schemas.js";
 import type { DType } from "../graph/types.js";
 import { sequenceCall, sequenceTraffic, withTransfers } from "./context.js";
-import type { SizedCall } from "./cost-calls.js";
+import type { SizedCall, SizedProgram } from "./cost-calls.js";
 import { type BlockSizes, type Cost, moving, none, plus, type Times } from "./cost-times.js";
 import { type GemmRate, type MachineProfile, RANK_LINK } from "./profiles.js";
 import type { RetainedDType, StateFormat } from "./types.js";
 
-const VIEWS: ReadonlySet<OpName> = new Set([
+/** Make no bytes of their own. */
+export const VIEWS: ReadonlySet<OpName> = new Set([
   "view",
   "reshape",
   "transpose",
@@ -46,7 +47,7 @@ export class Roofline implements Times {
     return plus(this.call(call, 1, 1), this.call(call, 2, 1));
   }
 
-  beside(): Cost {
+  beside(_: SizedProgram, __: "forward" | "backward"): Cost {
     return none;
   }
 
@@ -71,7 +72,7 @@ export class Roofline implements Times {
     return this.bytes(gradientBytes + 2 * (block.trainableBytes + block.stateBytes));
   }
 
-  private bytes(n: number): Cost {
+  protected bytes(n: number): Cost {
     return moving(n / this.profile.deviceMemory);
   }
 

@@ -2,9 +2,10 @@
  * Seconds of an instruction on a machine, from its block's operators: each by what the machine's profile knows of its kind, in
  * tables (cost-measured.ts) where the machine has been measured, else by large rates alone (cost-roofline.ts).
  */
-import type { Graph } from "../graph/types.js";
+import type { DType, Graph } from "../graph/types.js";
 import { dtypeBytes } from "../graph/value.js";
 import { sizedProgram } from "./cost-calls.js";
+import { FusedRoofline } from "./cost-fused.js";
 import { MeasuredTimes } from "./cost-measured.js";
 import { Roofline } from "./cost-roofline.js";
 import { type BlockSizes, type Cost, moving, none, plus, type Times } from "./cost-times.js";
@@ -16,7 +17,8 @@ import { queueOf } from "./waits.js";
 
 export type { Cost } from "./cost-times.js";
 
-interface PassCost {
+/** Of one micro-batch through a block, without what an instruction takes beside its work. */
+export interface PassCost {
   /** Without autograd, and with. */
   forward: Cost;
   recorded: Cost;
@@ -43,9 +45,7 @@ export class CostModel {
     private readonly profile: MachineProfile,
   ) {
     this.layouts = blockLayouts(graph, tape.state, tape.stages);
-    const dtype = graph.dtype ?? "float32";
-    const { measured } = profile;
-    this.times = measured === undefined ? new Roofline(profile, dtype) : new MeasuredTimes(measured, profile, dtype);
+    this.times = timesOf(profile, graph.dtype ?? "float32");
   }
 
   of(i: Instruction): Cost {
@@ -129,7 +129,12 @@ export class CostModel {
     };
   }
 
-  private pass(block: number): PassCost {
+  /** The gradient of a micro-batch, the first or another, into the block's sums. */
+  sum(block: number, first: boolean): Cost {
+    return this.times.sum(this.sizes(block), first);
+  }
+
+  pass(block: number): PassCost {
     // Blocks of one program cost the same.
     const { program } = this.graph.blocks[block]!;
     let found = this.passes.get(program);
@@ -165,6 +170,11 @@ export class CostModel {
     this.passes.set(program, found);
     return found;
   }
+}
+
+function timesOf(profile: MachineProfile, dtype: DType): Times {
+  if (profile.measured !== undefined) return new MeasuredTimes(profile.measured, profile, dtype);
+  return profile.compiled ? new FusedRoofline(profile, dtype) : new Roofline(profile, dtype);
 }
 
 const total = (list: readonly number[]): number => list.reduce((sum, n) => sum + n, 0);

@@ -17,6 +17,8 @@ export interface MachineProfile {
   /** Where blocks run: whose attention kernel, and whether there is a link between host and device. */
   device: "cpu" | "cuda";
   gemm: { float32: GemmRate; bfloat16: GemmRate; float64: GemmRate };
+  /** Elementwise work runs in compiled kernels (cost-fused.ts), not a kernel for each operator. Not where `measured` is. */
+  compiled?: boolean;
   /** Share of the products' rate that attention reaches. */
   attention: number;
   /** Bytes a second. */

@@ -24,6 +24,17 @@ const presets = {
   },
   /** 7.24 B: the sizes of Mistral 7B (arXiv 2310.06825), full attention. */
   "7b": { vocabSize: 32_000, dim: 4096, layers: 32, heads: 32, kvHeads: 8, ffn: 14_336 },
+  /** 8.03 B: the sizes of Llama 3 8B (arXiv 2407.21783). */
+  "8b": {
+    vocabSize: 128_256,
+    dim: 4096,
+    layers: 32,
+    heads: 32,
+    kvHeads: 8,
+    ffn: 14_336,
+    ropeTheta: 500_000,
+    maxPositions: 8192,
+  },
   /** 13.15 B: the astrobiology platform's width of 4,352 with heads of 128, which flash kernels take. */
   "astro-13b": { vocabSize: 32_000, dim: 4352, layers: 56, heads: 34, kvHeads: 2, headDim: 128, ffn: 14_528 },
 } as const satisfies Record<string, DecoderOptions>;

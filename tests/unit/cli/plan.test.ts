@@ -3,6 +3,7 @@ import { type PlanArguments, plan } from "../../../src/cli/plan.js";
 import type { ProbeReport } from "../../../src/native.js";
 import type { PlanReport } from "../../../src/plan/auto.js";
 import type { RanksReport } from "../../../src/plan/auto-ranks.js";
+import type { ScaleRow } from "../../../src/plan/scale-table.js";
 
 const machine = (cgroupBytes: number | null, gpus: ProbeReport["gpus"] = []): ProbeReport => ({
   gpus,
@@ -94,6 +95,24 @@ describe("stroma plan", () => {
     expect(lines(1).length).toBeGreaterThan(20);
   });
 
+  it("says how training grows from one machine to many", () => {
+    const many = given({ ranks: "8-32", "micro-batch-size": 2, "gradient-accumulation-steps": 1 });
+    const text = plan(many, null);
+    expect(text).toMatch(
+      /^h100 cards of 80 GB, 8 a machine; 370 GB\/s between cards of a machine, 47 GB\/s of network/m,
+    );
+    expect(text).toMatch(/^cards +sharded over +recompute +order +a card holds +step +tokens\/s a card/m);
+    expect(text.match(/^ +(8|16|32) .* (arithmetic|the card's memory|collectives' latency)$/gm)).toHaveLength(3);
+    expect(text).toContain("Predicted, not measured");
+    const json = JSON.parse(plan({ ...many, json: true, network: "1GB", "shard-group": 8 }, null));
+    expect(json).toMatchObject({ model: "tiny", microBatches: 1, cluster: { name: "h100", network: 1e9 } });
+    expect(json.rows.map((r: ScaleRow) => [r.ranks, r.shardGroup])).toEqual([
+      [8, 8],
+      [16, 8],
+      [32, 8],
+    ]);
+  });
+
   it.each([
     [{ devices: 0 }, /expected --devices to be a whole number of at least 1/],
     [{ rank: 0 }, /--rank is for --devices 2 or more/],
@@ -105,6 +124,15 @@ describe("stroma plan", () => {
     [{ "layers-per-block": 0 }, /expected --layers-per-block to be a whole number of at least 1/],
     [{ profile: "a5000" }, /no card is here whose memory could be read. Say --device-memory/],
     [{ model: "none-such" }, /there is no preset/],
+    [{ ranks: "8", devices: 2 }, /--devices is for the cards of one machine, and --ranks for many machines/],
+    [{ ranks: "8", disk: "9GB" }, /--disk is for the cards of one machine/],
+    [{ ranks: "8", profile: "a5000" }, /nothing is known of machines with "a5000" cards together/],
+    [{ ranks: "eight" }, /expected --ranks to be whole numbers from 1 to 65536 like 8,64 or 8-4096/],
+    [{ ranks: "8", "shard-group": 0 }, /expected --shard-group to be a whole number of at least 1/],
+    [{ ranks: "8", "shard-group": 3 }, /8 ranks cannot be groups of 3/],
+    [{ ranks: "8", network: "fast" }, /expected --network to be a size/],
+    [{ compiled: true }, /--compiled is for --ranks/],
+    [{ network: "1GB" }, /--network is for --ranks/],
   ])("refuses %o", (more, message) => {
     expect(() => plan(given(more), null)).toThrow(message);
   });

@@ -18,9 +18,9 @@ const count = (name: string): number => {
 
 describe("presets", () => {
   it("have the sizes that their names say", () => {
-    expect(modelNames()).toEqual(["tiny", "10m", "100m", "1b", "7b", "astro-13b"]);
+    expect(modelNames()).toEqual(["tiny", "10m", "100m", "1b", "7b", "8b", "astro-13b"]);
     expect(modelNames().map(count)).toEqual([
-      771_712, 9_984_384, 100_092_672, 1_038_682_112, 7_241_732_096, 13_147_013_376,
+      771_712, 9_984_384, 100_092_672, 1_038_682_112, 7_241_732_096, 8_030_261_248, 13_147_013_376,
     ]);
   });
 
@@ -49,7 +49,7 @@ describe("presets", () => {
   });
 
   it("are found by name only, and a wrong name lists them", () => {
-    expect(() => findModel("huge")).toThrow(/Presets: tiny, 10m, 100m, 1b, 7b, astro-13b/);
+    expect(() => findModel("huge")).toThrow(/Presets: tiny, 10m, 100m, 1b, 7b, 8b, astro-13b/);
     expect(() => findModel("constructor")).toThrow(code("CONFIG"));
   });
 });
