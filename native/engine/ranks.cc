@@ -245,7 +245,8 @@ class Joined final : public Ranks {
       watch_->names.push_back("rank " + std::to_string(r) + " (" + text_of(store_->get(here(r))) + ")");
     }
     try {
-      for (int c = 0; c < kChannels; ++c) channels_[c] = gloo("channel" + std::to_string(c), spec.rank, spec.size);
+      for (int c = 0; c < kChannels; ++c)
+        channels_[c] = gloo(store_, "channel" + std::to_string(c), spec.rank, spec.size);
     } catch (const std::exception& error) {
       engine::fail("RANKS", "[ranks] rank ", spec.rank, " at ", own_,
                    " could not connect to all others: ", first_line(error.what()),
@@ -288,10 +289,12 @@ class Joined final : public Ranks {
                    " that holds rank ", spec_.rank, ", got ", list);
     if (const std::string why = lost(); !why.empty()) engine::fail("RANKS", why);
     try {
+      // A connection of its own: who waits for the others on it would hold up fail() and leave().
+      const auto store = connect_store(spec_, false, to_ms(spec_.join_seconds));
       const auto channel =
-          gloo("group/" + list, static_cast<int>(place - members.begin()), static_cast<int>(members.size()));
+          gloo(store, "group/" + list, static_cast<int>(place - members.begin()), static_cast<int>(members.size()));
       auto made = std::make_unique<RankGroup>(
-          store_, channel, members, [watch = watch_](c10d::Work& work, int rank) { watch->finish(work, rank); },
+          store, channel, members, [watch = watch_](c10d::Work& work, int rank) { watch->finish(work, rank); },
           [watch = watch_](int rank, const char* why) { watch->lose_peer(rank, why); });
       return made_.emplace(members, std::move(made)).first->second->name();
     } catch (const std::exception& error) {
@@ -400,11 +403,12 @@ class Joined final : public Ranks {
   static std::string here(int rank) { return "here/" + std::to_string(rank); }
   const std::string& name(int peer) const { return watch_->names.at(peer); }
 
-  c10::intrusive_ptr<c10d::ProcessGroupGloo> gloo(const std::string& prefix, int rank, int size) const {
+  c10::intrusive_ptr<c10d::ProcessGroupGloo> gloo(const c10::intrusive_ptr<c10d::Store>& store,
+                                                  const std::string& prefix, int rank, int size) const {
     auto options = c10d::ProcessGroupGloo::Options::create(to_ms(spec_.join_seconds));
     options->threads = 1;
     options->devices.push_back(c10d::ProcessGroupGloo::createDeviceForHostname(own_));
-    return c10::make_intrusive<c10d::ProcessGroupGloo>(c10::make_intrusive<c10d::PrefixStore>(prefix, store_), rank,
+    return c10::make_intrusive<c10d::ProcessGroupGloo>(c10::make_intrusive<c10d::PrefixStore>(prefix, store), rank,
                                                        size, std::move(options));
   }
 
