@@ -10,20 +10,18 @@ import { realParts } from "../../src/train/parts.js";
 import { openTrainingSession } from "../../src/train/training-session.js";
 
 const [path, text, rank, size, port] = process.argv.slice(2) as [string, string, string, string, string];
-const options = resolveOptions(JSON.parse(text) as TrainerOptions) as SettledOptions;
+const spec = {
+  ...{ rank: Number(rank), size: Number(size), address: "127.0.0.1", port: Number(port), serve: true, prefix: "" },
+  ...{ joinSeconds: 60, silenceSeconds: 60 },
+};
+const options = resolveOptions({ ...(JSON.parse(text) as TrainerOptions), ranks: spec }) as SettledOptions;
 const of = (file: string, field: string): number =>
   Number(new RegExp(`^${field}:\\s+(\\d+)`, "m").exec(readFileSync(`/proc/self/${file}`, "utf8"))![1]);
 const now = () => ({ read: of("io", "rchar"), most: of("status", "VmHWM") * 1024, held: of("status", "VmRSS") * 1024 });
 
 const dataset = await realParts.openDataset(options.data as string);
 const model = realParts.resolveModel(options.model);
-const ranks = await realParts.joinRanks(
-  {
-    ...{ rank: Number(rank), size: Number(size), address: "127.0.0.1", port: Number(port), serve: true, prefix: "" },
-    ...{ joinSeconds: 60, silenceSeconds: 60 },
-  },
-  new AbortController().signal,
-);
+const ranks = await realParts.joinRanks(spec, new AbortController().signal);
 const resumed = { ...(await verifyCheckpoint(path, { hashes: false })), skipped: [] };
 const before = now();
 const open = await openTrainingSession(options, path, model, dataset, resumed, realParts, ranks);
