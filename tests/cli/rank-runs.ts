@@ -60,7 +60,7 @@ export async function startRanks(args: readonly string[], { ranks, ...rest }: Ra
 
 /** Until the first step has been taken by rank 0, or the run is over. */
 export const begun = (run: Run, step = 1): Promise<void> =>
-  until(() => run.isOver() || new RegExp(`step +${step}/`).test(run.text()), 90, run.text);
+  until(() => run.isOver() || new RegExp(`step +${step}/`).test(run.text()), 150, run.text);
 
 export async function until(what: () => boolean, seconds: number, told: () => string = () => ""): Promise<void> {
   const end = Date.now() + seconds * 1000;

@@ -19,7 +19,7 @@ const native = nativeOrSkip();
 const KILLS = Number(process.env.STROMA_KILLS ?? 6);
 const SEED = Number(process.env.STROMA_KILLS_SEED ?? 31);
 const STEPS = 60;
-vi.setConfig({ testTimeout: 180_000 });
+vi.setConfig({ testTimeout: 300_000 });
 const root = scratch();
 const folder = (name: string) => join(root, name);
 
