@@ -26,7 +26,8 @@ export interface BuildRecord {
 export interface SessionFactory {
   createSession(options: SessionOptions): NativeSession;
   /** Resolves when all ranks are there. Rejects with RANKS, naming who is missing. */
-  joinRanks(spec: RankSpec): Promise<NativeRanks>;
+  /** Rejects with RANKS when a rank is missing after `joinSeconds`, or when `signal` is aborted before all are there. */
+  joinRanks(spec: RankSpec, signal?: AbortSignal): Promise<NativeRanks>;
   /** Ends the engine's threads of the whole process: called once, when it exits. */
   endThreads(): void;
 }

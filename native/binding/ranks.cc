@@ -1,4 +1,5 @@
-// joinRanks(spec) -> Promise<NativeRanks>: what processes of one run say to each other outside of steps. No arithmetic.
+// joinRanks(spec, signal?) -> Promise<NativeRanks>: what processes of one run say to each other outside of steps. No
+// arithmetic.
 #include "binding/ranks.h"
 
 #include "binding/env_state.h"
@@ -130,6 +131,15 @@ engine::RankSpec decode_spec(const Napi::Value& value) {
   return spec;
 }
 
+// When an AbortSignal is, or is already, aborted.
+void cancel_on(const Napi::Object& signal, const std::function<void()>& cancel) {
+  if (signal.Get("aborted").ToBoolean()) return cancel();
+  const auto listener = Napi::Function::New(signal.Env(), [cancel](const Napi::CallbackInfo&) { cancel(); });
+  signal.Get("addEventListener")
+      .As<Napi::Function>()
+      .Call(signal, {Napi::String::New(signal.Env(), "abort"), listener});
+}
+
 }  // namespace
 
 std::shared_ptr<engine::Ranks> ranks_of(const Napi::Value& value) {
@@ -143,8 +153,11 @@ void export_ranks(Napi::Env env, Napi::Object exports) {
   env_state(env).ranks = made;
   exports.Set("joinRanks", Napi::Function::New(env, [](const Napi::CallbackInfo& info) -> Napi::Value {
                 return entry(info, [&]() -> Napi::Value {
-                  const engine::RankSpec spec = decode_spec(info.Length() > 0 ? info[0] : info.Env().Undefined());
-                  auto lane = std::make_shared<Lane>(info.Env(), "stroma ranks", [] {});
+                  engine::RankSpec spec = decode_spec(info.Length() > 0 ? info[0] : info.Env().Undefined());
+                  spec.cancelled = std::make_shared<std::atomic<bool>>(false);
+                  const auto cancel = [cancelled = spec.cancelled] { *cancelled = true; };
+                  if (info.Length() > 1 && info[1].IsObject()) cancel_on(info[1].As<Napi::Object>(), cancel);
+                  auto lane = std::make_shared<Lane>(info.Env(), "stroma ranks", [] {}, cancel);
                   return lane->post(info, [spec, lane]() -> Finish {
                     auto ranks = engine::Ranks::join(spec);
                     return [ranks, lane](Napi::Env on) -> Napi::Value {

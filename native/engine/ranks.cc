@@ -1,224 +1,85 @@
 #include "engine/ranks.h"
 
 #include <ATen/Functions.h>
-#include <arpa/inet.h>
-#include <netdb.h>
-#include <netinet/in.h>
-#include <sys/socket.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
-#include <condition_variable>
+#include <cstdlib>
+#include <cstring>
 #include <map>
-#include <mutex>
-#include <set>
-#include <thread>
+#include <optional>
 
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
 #include "engine/error.h"
+#include "engine/network.h"
 #include "engine/rank_group.h"
+#include "engine/ranks_watch.h"
 
 namespace stroma::engine {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-using std::chrono::milliseconds;
 constexpr int kChannels = 3;
-// A wait ends when its message is there or its peer is lost; Gloo's own clock is not asked.
-constexpr milliseconds kForever = std::chrono::hours(24 * 365);
-constexpr auto kBeat = std::chrono::milliseconds(500);
 
-milliseconds to_ms(double seconds) { return milliseconds(static_cast<int64_t>(seconds * 1e3)); }
+bool serves(const RankSpec& spec) { return spec.serve && spec.rank == 0; }
 
-// What Gloo and c10d say, without where in their sources they say it and what else they advise.
-std::string first_line(const char* text) {
-  std::string all = text;
-  all = all.substr(0, all.find('\n'));
-  if (all.rfind('[', 0) == 0 && all.find("] ") < 200) all = all.substr(all.find("] ") + 2);
-  return all.substr(0, all.find(". This is typically"));
+void unless_cancelled(const RankSpec& spec, const char* during) {
+  if (spec.cancelled && *spec.cancelled) fail("RANKS", "[ranks] rank ", spec.rank, " was asked to end ", during);
 }
 
-std::string host_name() {
-  char name[256] = {0};
-  gethostname(name, sizeof name - 1);
-  return name;
-}
-
-// A listening socket on the address alone where it is this machine's own loopback, else on all interfaces.
-int listen_at(const std::string& address, int port) {
-  const bool local = address == "localhost" || address.rfind("127.", 0) == 0;
-  const int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  const int yes = 1;
-  setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
-  sockaddr_in at{};
-  at.sin_family = AF_INET;
-  at.sin_port = htons(static_cast<uint16_t>(port));
-  at.sin_addr.s_addr = htonl(local ? INADDR_LOOPBACK : INADDR_ANY);
-  if (fd < 0 || bind(fd, reinterpret_cast<sockaddr*>(&at), sizeof at) != 0 || listen(fd, 1024) != 0) {
-    const std::string why = std::strerror(errno);
-    if (fd >= 0) close(fd);
-    fail("RANKS", "[ranks] rank 0 cannot listen at ", address, ":", port, ": ", why, ". Give another port");
-  }
-  return fd;
-}
-
-// The address of this machine that the others reach it at: the one that the way to the store leaves from.
-std::string own_address(const std::string& address, int port) {
-  addrinfo hints{}, *found = nullptr;
-  hints.ai_socktype = SOCK_DGRAM;
-  if (getaddrinfo(address.c_str(), std::to_string(port).c_str(), &hints, &found) != 0 || found == nullptr)
-    fail("RANKS", "[ranks] there is no machine named ", address, ". Check MASTER_ADDR");
-  std::string own = "127.0.0.1";
-  const int fd = socket(found->ai_family, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-  sockaddr_storage at{};
-  socklen_t length = sizeof at;
-  char text[NI_MAXHOST];
-  // Nothing is sent: connecting a datagram socket only chooses a way.
-  if (fd >= 0 && connect(fd, found->ai_addr, found->ai_addrlen) == 0 &&
-      getsockname(fd, reinterpret_cast<sockaddr*>(&at), &length) == 0 &&
-      getnameinfo(reinterpret_cast<sockaddr*>(&at), length, text, sizeof text, nullptr, 0, NI_NUMERICHOST) == 0)
-    own = text;
-  if (fd >= 0) close(fd);
-  freeaddrinfo(found);
-  return own;
-}
-
-c10::intrusive_ptr<c10d::Store> connect_store(const RankSpec& spec, bool serve, milliseconds timeout) {
+// In the rank that serves it the store itself, and a way there that no network has to do with.
+c10::intrusive_ptr<c10d::Store> connect_store(const RankSpec& spec, bool serve, Clock::time_point deadline) {
   c10d::TCPStoreOptions options;
   options.port = static_cast<uint16_t>(spec.port);
   options.isServer = serve;
   options.waitWorkers = false;
-  options.timeout = timeout;
   options.useLibUV = false;  // libtorch's libuv would bind to Node's
   if (serve) options.masterListenFd = listen_at(spec.address, spec.port);
-  try {
-    auto store = c10::make_intrusive<c10d::TCPStore>(spec.address, options);
-    return c10::make_intrusive<c10d::PrefixStore>(spec.prefix + "stroma", store);
-  } catch (const std::exception& error) {
-    fail("RANKS", "[ranks] rank ", spec.rank, " found no store at ", spec.address, ":", spec.port, " in ",
-         spec.join_seconds, " s: ", first_line(error.what()), ". Check that rank 0 runs and that the port is open");
-  }
-}
-
-std::vector<uint8_t> bytes_of(const std::string& text) { return {text.begin(), text.end()}; }
-std::string text_of(const std::vector<uint8_t>& bytes) { return {bytes.begin(), bytes.end()}; }
-
-// What the threads that look after the others share with the ranks; outlives both.
-struct Watch {
-  RankSpec spec;
-  c10::intrusive_ptr<c10d::Store> store;
-  std::vector<std::string> names;  // "rank 1 (host, process 4711)"
-  std::mutex mutex;
-  std::condition_variable changed;
-  bool over = false;
-  bool polling_ended = false;
-  std::string lost;  // why; empty while all is well
-  Clock::time_point polled = Clock::now();
-  std::set<c10d::Work*> waits;
-
-  // Ends every wait. The first reason stays.
-  void lose(const std::string& why) {
-    const std::lock_guard lock(mutex);
-    if (over || !lost.empty()) return;
-    lost = why;
-    for (c10d::Work* work : waits) work->abort();
-    changed.notify_all();
-  }
-
-  // Returns when the transfer with `peer` is done; throws RANKS when a rank is lost.
-  void finish(c10d::Work& work, int peer) {
-    {
-      const std::lock_guard lock(mutex);
-      if (!lost.empty()) engine::fail("RANKS", lost);
-      waits.insert(&work);
-    }
-    bool done = false;
-    std::string why;
+  const std::string at = !serves(spec) ? spec.address : spec.address == "::1" ? "::1" : "127.0.0.1";
+  for (;;) {
+    const auto left = std::chrono::duration_cast<milliseconds>(deadline - Clock::now());
+    options.timeout = std::clamp(left, milliseconds(100), milliseconds(2000));
     try {
-      done = work.wait(kForever);
+      auto store = c10::make_intrusive<c10d::TCPStore>(at, options);
+      store->setTimeout(to_ms(spec.join_seconds));
+      return c10::make_intrusive<c10d::PrefixStore>(spec.prefix + "stroma", store);
     } catch (const std::exception& error) {
-      why = error.what();
+      unless_cancelled(spec, "while it looked for the store");
+      if (serves(spec) || Clock::now() >= deadline)
+        fail("RANKS", "[ranks] rank ", spec.rank, " found no store at ", spec.address, ":", spec.port, " in ",
+             spec.join_seconds, " s: ", first_line(error.what()), ". Check that rank 0 runs and that the port is open");
+      std::this_thread::sleep_for(milliseconds(100));
     }
-    std::string reason;
-    {
-      const std::lock_guard lock(mutex);
-      waits.erase(&work);
-      reason = lost;
-    }
-    if (!reason.empty()) engine::fail("RANKS", reason);
-    if (!done) lose_peer(peer, why.c_str());
-  }
-  // A broken connection: the peer may have said why before it went.
-  [[noreturn]] void lose_peer(int peer, const char* why) {
-    {
-      std::unique_lock lock(mutex);
-      changed.wait_for(lock, 2 * kBeat, [&] { return !lost.empty(); });
-    }
-    lose("[ranks] " + names.at(peer) + " is gone: " + first_line(why));
-    const std::lock_guard lock(mutex);
-    engine::fail("RANKS", lost);
-  }
-};
-
-// Beats, and listens for the others' beats and last words.
-void poll(const std::shared_ptr<Watch>& watch) {
-  const int size = watch->spec.size, self = watch->spec.rank;
-  std::vector<std::string> keys;
-  for (int r = 0; r < size; ++r) keys.push_back("beat/" + std::to_string(r));
-  for (int r = 0; r < size; ++r) keys.push_back("last/" + std::to_string(r));
-  std::vector<std::string> seen(size);
-  std::vector<Clock::time_point> when(size, Clock::now());
-  int64_t beats = 0;
-  std::unique_lock lock(watch->mutex);
-  while (!watch->over && watch->lost.empty()) {
-    lock.unlock();
-    try {
-      watch->store->set(keys[self], bytes_of(std::to_string(++beats)));
-      const auto values = watch->store->multiGet(keys);
-      const auto now = Clock::now();
-      for (int r = 0; r < size; ++r) {
-        const std::string beat = text_of(values[r]), last = text_of(values[size + r]);
-        if (beat != seen[r]) {
-          seen[r] = beat;
-          when[r] = now;
-        }
-        if (r == self || last == "left") continue;
-        if (!last.empty()) watch->lose("[ranks] " + watch->names[r] + " failed: " + last);
-        if (now - when[r] > to_ms(watch->spec.silence_seconds))
-          watch->lose("[ranks] " + watch->names[r] + " has been silent for " +
-                      std::to_string(static_cast<int64_t>(watch->spec.silence_seconds)) + " s");
-      }
-    } catch (const std::exception&) {
-      // The judge counts how long the store has not answered; a store that is gone never will.
-      std::this_thread::sleep_for(kBeat);
-      lock.lock();
-      continue;
-    }
-    lock.lock();
-    watch->polled = Clock::now();
-    watch->changed.wait_for(lock, kBeat, [&] { return watch->over || !watch->lost.empty(); });
-  }
-  watch->polling_ended = true;
-  watch->changed.notify_all();
-}
-
-// A poll may hang in a store whose process is frozen: somebody else must notice.
-void judge(const std::shared_ptr<Watch>& watch) {
-  std::unique_lock lock(watch->mutex);
-  while (!watch->over && watch->lost.empty()) {
-    watch->changed.wait_for(lock, kBeat);
-    if (watch->over || Clock::now() - watch->polled <= to_ms(watch->spec.silence_seconds)) continue;
-    lock.unlock();
-    watch->lose("[ranks] the store at " + watch->spec.address + ":" + std::to_string(watch->spec.port) +
-                " has not answered for " + std::to_string(static_cast<int64_t>(watch->spec.silence_seconds)) +
-                " s: the process that serves it (rank 0 or the launcher) is gone or frozen");
-    lock.lock();
   }
 }
+
+c10::intrusive_ptr<c10d::Store> part_of(const c10::intrusive_ptr<c10d::Store>& store, int64_t generation) {
+  return c10::make_intrusive<c10d::PrefixStore>("generation" + std::to_string(generation), store);
+}
+
+// The address that the others reach this rank at, of what all said of the way that they come to the store by.
+std::string own_address(const std::vector<std::string>& ways, int rank) {
+  const std::string& own = ways[rank];
+  if (!own.empty() && !is_loopback(own)) return own;
+  // A machine may know its own name as the loopback (Debian's 127.0.1.1), and rank 0 has no way to what it serves.
+  // Others show which network the run is on; where all are on the loopback, they are on this machine.
+  std::string other;
+  for (int r = 0; r < static_cast<int>(ways.size()); ++r)
+    if (r != rank && !ways[r].empty() && (other.empty() || (is_loopback(other) && !is_loopback(ways[r]))))
+      other = ways[r];
+  if (other.empty() || (is_loopback(other) && !own.empty())) return own.empty() ? "127.0.0.1" : own;
+  const std::string way = way_to(other);
+  if (way.empty())
+    fail("RANKS", "[ranks] rank ", rank, " has no way to ", other, ". Check the network of this machine");
+  return way;
+}
+
+std::string unconnected(const RankSpec& spec, const std::string& by) {
+  return "[ranks] rank " + std::to_string(spec.rank) + " by " + by + " could not connect to all others";
+}
+constexpr const char* kCheckNetwork = ". Check that the ranks' machines reach each other";
 
 class Joined final : public Ranks {
   struct Moving {
@@ -228,48 +89,19 @@ class Joined final : public Ranks {
   };
 
  public:
-  explicit Joined(const RankSpec& spec)
-      : spec_(spec), own_(own_address(spec.address, spec.port)), watch_(std::make_shared<Watch>()) {
+  Joined(const RankSpec& spec, std::shared_ptr<Watch> watch) : spec_(spec), watch_(std::move(watch)) {
     const auto deadline = Clock::now() + to_ms(spec.join_seconds);
-    store_ = connect_store(spec, spec.serve && spec.rank == 0, to_ms(spec.join_seconds));
-    store_->set("beat/" + std::to_string(spec.rank), bytes_of("0"));
-    store_->set("last/" + std::to_string(spec.rank), bytes_of(""));
-    store_->set(here(spec.rank), bytes_of(host_name() + ", process " + std::to_string(getpid())));
+    generation_ = meet(deadline);
+    std::vector<std::string> ways;
     for (int r = 0; r < spec.size; ++r) {
-      while (!store_->check({here(r)})) {
-        if (Clock::now() > deadline)
-          engine::fail("RANKS", "[ranks] rank ", spec.rank, " waited ", spec.join_seconds, " s for rank ", r, " at ",
-                       spec.address, ":", spec.port, ". Check that all ", spec.size, " ranks were started");
-        std::this_thread::sleep_for(milliseconds(20));
-      }
-      watch_->names.push_back("rank " + std::to_string(r) + " (" + text_of(store_->get(here(r))) + ")");
-    }
-    try {
-      for (int c = 0; c < kChannels; ++c)
-        channels_[c] = gloo(store_, "channel" + std::to_string(c), spec.rank, spec.size);
-    } catch (const std::exception& error) {
-      engine::fail("RANKS", "[ranks] rank ", spec.rank, " at ", own_,
-                   " could not connect to all others: ", first_line(error.what()),
-                   ". Check that the ranks' machines reach each other");
+      watch_->names.push_back("rank " + std::to_string(r) + " (" + text_of(store_->get(key("here", r))) + ")");
+      ways.push_back(text_of(store_->get(key("way", r))));
     }
     watch_->spec = spec;
-    watch_->store = connect_store(spec, false, to_ms(spec.silence_seconds));
-    watch_->polled = Clock::now();
-    poll_ = std::thread([watch = watch_] { poll(watch); });
-    judge_ = std::thread([watch = watch_] { judge(watch); });
-  }
-
-  ~Joined() override {
-    {
-      std::unique_lock lock(watch_->mutex);
-      watch_->over = true;
-      watch_->changed.notify_all();
-      // A poll that hangs in a frozen store is left behind; it holds nothing but the watch.
-      watch_->changed.wait_for(lock, std::chrono::seconds(2), [&] { return watch_->polling_ended; });
-      if (!watch_->polling_ended) poll_.detach();
-    }
-    if (poll_.joinable()) poll_.join();
-    judge_.join();
+    watch_->store = part_of(connect_store(spec, false, deadline), generation_);
+    watchers_.emplace(watch_);
+    own_ = own_address(ways, spec.rank);
+    connect();
   }
 
   const RankSpec& spec() const override { return spec_; }
@@ -290,7 +122,7 @@ class Joined final : public Ranks {
     if (const std::string why = lost(); !why.empty()) engine::fail("RANKS", why);
     try {
       // A connection of its own: who waits for the others on it would hold up fail() and leave().
-      const auto store = connect_store(spec_, false, to_ms(spec_.join_seconds));
+      const auto store = part_of(connect_store(spec_, false, Clock::now() + to_ms(spec_.join_seconds)), generation_);
       const auto channel =
           gloo(store, "group/" + list, static_cast<int>(place - members.begin()), static_cast<int>(members.size()));
       auto made = std::make_unique<RankGroup>(
@@ -299,7 +131,7 @@ class Joined final : public Ranks {
       return made_.emplace(members, std::move(made)).first->second->name();
     } catch (const std::exception& error) {
       if (const std::string why = lost(); !why.empty()) engine::fail("RANKS", why);
-      engine::fail("RANKS", "[ranks] rank ", spec_.rank, " at ", own_, " could not connect to the group of ranks ",
+      engine::fail("RANKS", "[ranks] rank ", spec_.rank, " by ", way(), " could not connect to the group of ranks ",
                    list, ": ", first_line(error.what()));
     }
   }
@@ -353,7 +185,7 @@ class Joined final : public Ranks {
 
   void fail(const std::string& why) override {
     try {
-      store_->set("last/" + std::to_string(spec_.rank), bytes_of(why.empty() ? "no reason given" : why));
+      store_->set(key("last", spec_.rank), bytes_of(why.empty() ? "no reason given" : why));
     } catch (const std::exception&) {
       // The store is gone with its rank, and that is what the others see.
     }
@@ -375,23 +207,19 @@ class Joined final : public Ranks {
       const std::lock_guard lock(grouping_);
       made_.clear();
     }
+    bool well = false;
     {
       const std::lock_guard lock(watch_->mutex);
       if (watch_->over) return;
       watch_->over = true;
       watch_->changed.notify_all();
-      // After fail() its reason is the last word.
-      if (!watch_->lost.empty()) return;
+      well = watch_->lost.empty();
     }
     try {
-      store_->set("last/" + std::to_string(spec_.rank), bytes_of("left"));
-      // Whoever serves the store leaves last, or the others would miss it.
-      if (spec_.serve && spec_.rank == 0) {
-        const auto deadline = Clock::now() + to_ms(std::min(10.0, spec_.silence_seconds));
-        for (int r = 1; r < spec_.size; ++r)
-          while (text_of(store_->get("last/" + std::to_string(r))).empty() && Clock::now() < deadline)
-            std::this_thread::sleep_for(milliseconds(20));
-      }
+      // After fail() its reason is the last word.
+      if (well) store_->set(key("last", spec_.rank), bytes_of("left"));
+      // Whoever serves the store leaves last, or the others would miss it, or not read why it failed.
+      if (serves(spec_)) hear_out(well ? to_ms(std::min(10.0, spec_.silence_seconds)) : 4 * kBeat);
     } catch (const std::exception&) {
     }
   }
@@ -400,16 +228,101 @@ class Joined final : public Ranks {
   int64_t received_bytes() const override { return received_; }
 
  private:
-  static std::string here(int rank) { return "here/" + std::to_string(rank); }
+  static std::string key(const char* what, int rank) { return std::string(what) + "/" + std::to_string(rank); }
   const std::string& name(int peer) const { return watch_->names.at(peer); }
 
+  // Takes this rank's place in the store and waits until all have theirs. The store may hold an earlier start of the
+  // same run: an agent's outlives the ranks, and a rank that is started again may find that of a rank 0 that is ending.
+  // So rank 0 begins a generation, and whoever finds its place taken waits for the next one, or the next store.
+  int64_t meet(Clock::time_point deadline) {
+    const std::string token = std::to_string(getpid()) + "." + std::to_string(Clock::now().time_since_epoch().count());
+    c10::intrusive_ptr<c10d::Store> store;
+    int64_t generation = 0;
+    int there = 0;
+    bool taken = false;
+    for (;; std::this_thread::sleep_for(milliseconds(20))) {
+      if (!store) {
+        store = connect_store(spec_, serves(spec_), deadline);
+        generation = 0;
+      }
+      try {
+        const int64_t now = store->add("generation", spec_.rank == 0 && generation == 0 ? 1 : 0);
+        if (now != generation) {
+          generation = now;
+          store_ = part_of(store, generation);
+          there = 0;
+          taken = text_of(store_->compareSet(key("claim", spec_.rank), {}, bytes_of(token))) != token;
+          if (!taken) {
+            store_->set(key("beat", spec_.rank), bytes_of("0"));
+            store_->set(key("last", spec_.rank), bytes_of(""));
+            store_->set(key("way", spec_.rank), bytes_of(serves(spec_) ? "" : way_to(spec_.address)));
+            store_->set(key("here", spec_.rank), bytes_of(host_name() + ", process " + std::to_string(getpid())));
+          }
+        }
+        while (generation > 0 && there < spec_.size && store_->check({key("here", there)})) ++there;
+        if (there == spec_.size && !taken) return generation;
+      } catch (const std::exception&) {
+        store.reset();  // who served it has ended: the next store is waited for
+      }
+      unless_cancelled(spec_, "while it waited for the others");
+      if (Clock::now() <= deadline) continue;
+      if (taken)
+        engine::fail(
+            "RANKS", "[ranks] there is a rank ", spec_.rank, " at ", spec_.address, ":", spec_.port,
+            " already. Check that no two processes were given one rank, and that the run before this has ended");
+      engine::fail("RANKS", "[ranks] rank ", spec_.rank, " waited ", spec_.join_seconds, " s for rank ", there, " at ",
+                   spec_.address, ":", spec_.port, ". Check that all ", spec_.size, " ranks were started");
+    }
+  }
+
+  static const char* interface() {
+    const char* name = std::getenv("GLOO_SOCKET_IFNAME");
+    return name != nullptr && *name != 0 ? name : nullptr;
+  }
+  // By which the others reach this rank.
+  std::string way() const {
+    return interface() == nullptr ? own_ : "interface " + std::string(interface()) + " (GLOO_SOCKET_IFNAME)";
+  }
   c10::intrusive_ptr<c10d::ProcessGroupGloo> gloo(const c10::intrusive_ptr<c10d::Store>& store,
                                                   const std::string& prefix, int rank, int size) const {
-    auto options = c10d::ProcessGroupGloo::Options::create(to_ms(spec_.join_seconds));
+    auto options = c10d::ProcessGroupGloo::Options::create(to_ms(spec_.silence_seconds + 5));
     options->threads = 1;
-    options->devices.push_back(c10d::ProcessGroupGloo::createDeviceForHostname(own_));
+    options->devices.push_back(interface() != nullptr ? c10d::ProcessGroupGloo::createDeviceForInterface(interface())
+                                                      : c10d::ProcessGroupGloo::createDeviceForHostname(own_));
     return c10::make_intrusive<c10d::ProcessGroupGloo>(c10::make_intrusive<c10d::PrefixStore>(prefix, store), rank,
                                                        size, std::move(options));
+  }
+
+  // Gloo tries several times for as long as it may. Whoever waits for this rank's joining ends it sooner.
+  void connect() {
+    const std::string by = way();
+    watch_->set_connecting(by);
+    try {
+      for (int c = 0; c < kChannels; ++c)
+        channels_[c] = gloo(store_, "channel" + std::to_string(c), spec_.rank, spec_.size);
+    } catch (const std::exception& error) {
+      std::string why = lost();
+      if (why.empty()) {
+        why = unconnected(spec_, by) + ": " + first_line(error.what()) + kCheckNetwork;
+        fail(why);
+      }
+      leave();
+      engine::fail("RANKS", why);
+    }
+    watch_->set_connecting("");
+  }
+
+  // Waits until all others that can have said their last word.
+  void hear_out(milliseconds most) {
+    const auto deadline = Clock::now() + most;
+    std::set<int> gone;
+    {
+      const std::lock_guard lock(watch_->mutex);
+      gone = watch_->gone;
+    }
+    for (int r = 1; r < spec_.size; ++r)
+      while (gone.count(r) == 0 && text_of(store_->get(key("last", r))).empty() && Clock::now() < deadline)
+        std::this_thread::sleep_for(milliseconds(20));
   }
 
   Moving post(Channel channel, const at::Tensor& bytes, int peer, bool out, int tag) {
@@ -430,24 +343,84 @@ class Joined final : public Ranks {
   void finish(Moving& moving) { watch_->finish(*moving.work, moving.peer); }
 
   const RankSpec spec_;
-  const std::string own_;  // address
   std::shared_ptr<Watch> watch_;
   c10::intrusive_ptr<c10d::Store> store_;
+  int64_t generation_ = 0;  // of the store's starts
+  std::string own_;         // address
   c10::intrusive_ptr<c10d::ProcessGroupGloo> channels_[kChannels];
   std::map<std::vector<int>, std::unique_ptr<RankGroup>> made_;  // by members
   std::mutex grouping_;
   std::mutex posting_[kChannels];
   std::vector<Moving> owed_[kChannels];
   std::atomic<int64_t> sent_{0}, received_{0};
-  std::thread poll_, judge_;
+  std::optional<Watchers> watchers_;
 };
+
+struct Attempt {
+  std::mutex mutex;
+  std::condition_variable ended;
+  bool over = false;
+  std::shared_ptr<Watch> watch = std::make_shared<Watch>();
+  std::shared_ptr<Ranks> joined;
+  std::exception_ptr error;
+};
+
+// Why it is of no use to wait for a joining any longer; empty: it is.
+std::string hopeless(const RankSpec& spec, Watch& watch, Clock::time_point deadline) {
+  const std::lock_guard lock(watch.mutex);
+  if (!watch.lost.empty()) return watch.lost;
+  // All are there by then, so that what takes longer than a silence is a fault.
+  if (!watch.connecting.empty() && Clock::now() - watch.since > to_ms(spec.silence_seconds + 5))
+    return unconnected(spec, watch.connecting) + kCheckNetwork;
+  if (Clock::now() <= deadline) return {};
+  return "[ranks] the store at " + spec.address + ":" + std::to_string(spec.port) + " does not answer rank " +
+         std::to_string(spec.rank) + ". Check that rank 0 runs, and the way to its machine";
+}
 
 }  // namespace
 
 std::shared_ptr<Ranks> Ranks::join(const RankSpec& spec) {
   if (spec.size < 1 || spec.rank < 0 || spec.rank >= spec.size)
     engine::fail("RANKS", "[ranks] expected 0 <= rank < size, got rank ", spec.rank, " of ", spec.size);
-  return std::make_shared<Joined>(spec);
+  // c10d has waits that nothing here ends: for a store that is frozen, a peer that is gone, packets that are dropped
+  // without a word. A thread that is in one of them is left behind.
+  const auto attempt = std::make_shared<Attempt>();
+  std::thread thread([attempt, spec] {
+    std::shared_ptr<Ranks> joined;
+    std::exception_ptr error;
+    try {
+      joined = std::make_shared<Joined>(spec, attempt->watch);
+    } catch (...) {
+      error = std::current_exception();
+    }
+    const std::lock_guard lock(attempt->mutex);
+    attempt->joined = std::move(joined);
+    attempt->error = error;
+    attempt->over = true;
+    attempt->ended.notify_all();
+  });
+  // Its own waits have their time; this is for those that have none.
+  const auto deadline = Clock::now() + to_ms(spec.join_seconds + spec.silence_seconds);
+  auto patience = Clock::time_point::max();
+  std::string why;
+  std::unique_lock lock(attempt->mutex);
+  while (!attempt->ended.wait_for(lock, milliseconds(50), [&] { return attempt->over; })) {
+    why = hopeless(spec, *attempt->watch, deadline);
+    if (!why.empty() || Clock::now() > patience) break;
+    if (spec.cancelled && *spec.cancelled && patience == Clock::time_point::max())
+      patience = Clock::now() + std::chrono::seconds(3);
+  }
+  const bool over = attempt->over;
+  lock.unlock();
+  if (!over) {
+    attempt->watch->lose(why);
+    thread.detach();
+    unless_cancelled(spec, "while it joined the others");
+    engine::fail("RANKS", why);
+  }
+  thread.join();
+  if (attempt->error) std::rethrow_exception(attempt->error);
+  return attempt->joined;
 }
 
 }  // namespace stroma::engine

@@ -4,6 +4,7 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <string>
@@ -18,7 +19,8 @@ struct RankSpec {
   bool serve = false;  // rank 0 hosts the store, unless a launcher's agent does
   std::string prefix;  // of every key
   double join_seconds = 60;
-  double silence_seconds = 30;  // after which a rank counts as lost
+  double silence_seconds = 30;                   // after which a rank counts as lost
+  std::shared_ptr<std::atomic<bool>> cancelled;  // true: join() throws; may be null
 };
 
 class Ranks {
@@ -26,7 +28,7 @@ class Ranks {
   // Channels are independent: what is sent on one is never received on another.
   enum class Channel { kData, kEngine, kHost };
 
-  // Returns when all ranks are there. Throws RANKS, naming which is missing after join_seconds.
+  // Returns when all ranks are there. Throws RANKS, naming which is missing after join_seconds; when cancelled.
   static std::shared_ptr<Ranks> join(const RankSpec& spec);
   virtual ~Ranks() = default;
 

@@ -68,11 +68,7 @@ function torchrun(env: Environment): RankSpec | null {
   // The address and port alone are no rank: they may stand there for mpirun or srun, or in a profile.
   if (!TORCHRUN.slice(0, 4).some((name) => has(env, name))) return null;
   const agent = env.TORCHELASTIC_USE_AGENT_STORE === "True";
-  complete(
-    env,
-    agent ? [...TORCHRUN, "TORCHELASTIC_RESTART_COUNT"] : TORCHRUN,
-    "One rank on each machine: LOCAL_RANK=0 LOCAL_WORLD_SIZE=1. No rank at all: unset them",
-  );
+  complete(env, TORCHRUN, "One rank on each machine: LOCAL_RANK=0 LOCAL_WORLD_SIZE=1. No rank at all: unset them");
   const attempt = has(env, ATTEMPT) ? whole(env, ATTEMPT, 0) : null;
   return checked(env, {
     rank: whole(env, "RANK", 0),
@@ -82,10 +78,9 @@ function torchrun(env: Environment): RankSpec | null {
     address: addressOf(env)!,
     port: portOf(env)!,
     store: agent ? "join" : "host",
-    // The agent's store may serve several attempts: PyTorch's own env:// rendezvous used this prefix there.
-    prefix: agent
-      ? `/worker/attempt_${whole(env, "TORCHELASTIC_RESTART_COUNT", 0)}`
-      : `/stroma/attempt_${attempt ?? 0}`,
+    // The agent's store serves several attempts. TORCHELASTIC_RESTART_COUNT does not tell them apart: agents of several
+    // machines count their own failures, and differ after the first. Rank 0 begins a generation there instead.
+    prefix: agent ? "/stroma" : `/stroma/attempt_${attempt ?? 0}`,
     launcher: attempt === null ? "torchrun" : "stroma",
   });
 }

@@ -12,7 +12,7 @@ import type { TrainingPlan } from "./plan.js";
 
 export interface Parts {
   createSession(options: SessionOptions): Promise<NativeSession>;
-  joinRanks(spec: RankSpec): Promise<NativeRanks>;
+  joinRanks(spec: RankSpec, signal: AbortSignal): Promise<NativeRanks>;
   libtorchVersion(): Promise<string>;
   openDataset(spec: string | DatasetOptions): Promise<Dataset>;
   resolveModel(spec: ModelSpec): ResolvedModel;
@@ -24,7 +24,7 @@ export interface Parts {
 /** Loaded when used: reading options or a checkpoint's facts needs neither libtorch nor data sources. */
 export const realParts: Parts = {
   createSession: async (options) => (await import("../native.js")).loadAddon().createSession(options),
-  joinRanks: async (spec) => (await import("../native.js")).loadAddon().joinRanks(spec),
+  joinRanks: async (spec, signal) => (await import("../native.js")).loadAddon().joinRanks(spec, signal),
   libtorchVersion: async () => (await import("../native.js")).currentBuild().libtorch.version,
   openDataset: async (spec) => (await import("../data/index.js")).openDataset(spec),
   resolveModel,

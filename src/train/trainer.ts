@@ -48,7 +48,7 @@ export class Trainer implements AsyncDisposable {
   #running: Promise<void> | undefined;
   #ranks: NativeRanks | undefined;
   #started = false;
-  #stopping = false;
+  readonly #stopping = new AbortController();
   #disposed = false;
 
   /**
@@ -100,7 +100,7 @@ export class Trainer implements AsyncDisposable {
 
   /** Ends the run after the step in flight, with a checkpoint. */
   stop(): void {
-    this.#stopping = true;
+    this.#stopping.abort();
   }
 
   /** The text that follows `prompt`, by the parameters as they are; also while training. */
@@ -159,7 +159,14 @@ export class Trainer implements AsyncDisposable {
   async #train(queue: EventQueue<TrainEvent>): Promise<void> {
     const spec = this.#given.ranks;
     if (spec === undefined) return this.#trainAmong(queue, null);
-    const ranks = await this.#parts.joinRanks(spec);
+    let ranks: NativeRanks;
+    try {
+      ranks = await this.#parts.joinRanks(spec, this.#stopping.signal);
+    } catch (error) {
+      // Nothing was begun, and who asked need not wait for ranks that may never come.
+      if (this.#stopping.signal.aborted) return;
+      throw error;
+    }
     this.#ranks = ranks;
     try {
       await this.#trainAmong(queue, ranks);
@@ -195,7 +202,7 @@ export class Trainer implements AsyncDisposable {
       this.#open = open;
       const run = new Run(open, options, reason, store, outputDir, resumed, queue, this.#given.onEvent, ranks);
       try {
-        await run.all(() => this.#stopping);
+        await run.all(() => this.#stopping.signal.aborted);
       } finally {
         await run.close();
       }

@@ -6,7 +6,9 @@ import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { afterAll } from "vitest";
 
-const ENTRY = fileURLToPath(new URL("stroma.ts", import.meta.url));
+/** STROMA_BUILT=1: the compiled program (dist), which starts in half the time; for long series. */
+const BUILT = process.env.STROMA_BUILT === "1";
+const ENTRY = fileURLToPath(new URL(BUILT ? "../../bin/stroma.js" : "stroma.ts", import.meta.url));
 const ROOT = fileURLToPath(new URL("../..", import.meta.url));
 
 export interface Ended {
@@ -20,6 +22,8 @@ export interface SpawnOptions {
   env?: Record<string, string>;
   cwd?: string;
   input?: string;
+  /** A command and arguments before the program: `nsenter …`. */
+  under?: readonly string[];
 }
 
 /** A running command: its lines as they come, and how it ended. */
@@ -71,14 +75,15 @@ export const start = (args: readonly string[], options?: SpawnOptions): Running 
 export function startScript(
   script: string,
   args: readonly string[],
-  { env = {}, cwd = ROOT, input }: SpawnOptions = {},
+  { env = {}, cwd = ROOT, input, under = [] }: SpawnOptions = {},
 ): Running {
   const clean: NodeJS.ProcessEnv = { ...process.env, NO_COLOR: "1" };
   // vitest's own would make the command believe that it is tested.
   for (const name of Object.keys(clean))
     if (/^(VITEST|NODE_ENV|NODE_OPTIONS|STROMA_DEBUG)/.test(name)) delete clean[name];
-  const tsx = fileURLToPath(import.meta.resolve("tsx"));
-  const child = spawn(process.execPath, ["--import", tsx, script, ...args], {
+  const typescript = script.endsWith(".ts") ? ["--import", fileURLToPath(import.meta.resolve("tsx"))] : [];
+  const [command, ...rest] = [...under, process.execPath, ...typescript, script, ...args] as [string, ...string[]];
+  const child = spawn(command, rest, {
     cwd,
     env: { ...clean, ...env },
     stdio: ["pipe", "pipe", "pipe"],

@@ -6,12 +6,12 @@ import { mkdtemp, readdir, readFile, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
-import { openCheckpoint, shardsOf } from "../../src/checkpoint/read.js";
-import { readSafetensorsHeader } from "../../src/checkpoint/safetensors.js";
+import { openCheckpoint } from "../../src/checkpoint/read.js";
 import { loadModel } from "../../src/generate/load-model.js";
 import type { TrainEvent } from "../../src/train/events.js";
 import type { TrainerOptions } from "../../src/train/options.js";
 import { Trainer } from "../../src/train/trainer.js";
+import { tensorsOf } from "../support/checkpoint-tensors.js";
 import { collect, only } from "../support/fake-trainer.js";
 import { nativeOrSkip } from "../support/native.js";
 import { REAL } from "../support/real-trainer.js";
@@ -40,19 +40,6 @@ const values = <T>(settled: PromiseSettledResult<T>[]): T[] =>
     return s.value;
   });
 
-/** Every tensor's bytes by name, whatever files they lie in. */
-async function tensors(outputDir: string): Promise<Map<string, string>> {
-  const { path, state } = await openCheckpoint(outputDir);
-  const all = new Map<string, string>();
-  for (const whole of ["model.safetensors", "optimizer.safetensors"])
-    for (const name of shardsOf(state, whole)) {
-      const file = join(path, name);
-      const bytes = await readFile(file);
-      for (const [tensor, { offset, bytes: n }] of (await readSafetensorsHeader(file)).entries)
-        all.set(tensor, bytes.subarray(offset, offset + n).toString("base64"));
-    }
-  return all;
-}
 const losses = (events: TrainEvent[]) => only(events, "step").map((e) => [e.step, e.loss, e.gradNorm]);
 
 describe.skipIf(!native)("ranks", () => {
@@ -75,7 +62,7 @@ describe.skipIf(!native)("ranks", () => {
       expect(losses(events)).toEqual(losses(expected));
       expect(only(events, "eval").map((e) => e.loss)).toEqual(only(expected, "eval").map((e) => e.loss));
     }
-    expect(await tensors(many)).toEqual(await tensors(one));
+    expect(await tensorsOf(many)).toEqual(await tensorsOf(one));
     expect(await readFile(join(many, "metrics.jsonl"), "utf8")).toContain('"event":"done"');
     expect((await readdir(join(many, "checkpoints"))).filter((n) => n.startsWith("."))).toEqual([]);
     await using model = await loadModel(many);
@@ -97,7 +84,7 @@ describe.skipIf(!native)("ranks", () => {
     await collect(last);
     await using straight = new Trainer({ ...rest, outputDir: folder("straight-constant") });
     await collect(straight);
-    expect(await tensors(many)).toEqual(await tensors(folder("straight-constant")));
+    expect(await tensorsOf(many)).toEqual(await tensorsOf(folder("straight-constant")));
   });
 
   // One micro-batch a rank, unclipped: the sums are those of one rank (sharding.test.ts).
