@@ -102,7 +102,7 @@ describe.skipIf(!native)("ranks", () => {
       expect(only(events, "step").map((e) => e.loss)).toEqual(only(expected, "step").map((e) => e.loss));
       expect(only(events, "eval").map((e) => e.loss)).toEqual(only(expected, "eval").map((e) => e.loss));
     }
-    expect(await tensors(many)).toEqual(await tensors(one));
+    expect(await tensorsOf(many)).toEqual(await tensorsOf(one));
     expect((await readdir(join(many, "checkpoints"))).filter((n) => n.startsWith("."))).toEqual([]);
     await using model = await loadModel(many);
     expect(await model.generate("synthetic", { temperature: 0, maxTokens: 8 })).toHaveLength(8);
@@ -114,7 +114,7 @@ describe.skipIf(!native)("ranks", () => {
     values(await runRanks(2, { ...rest, shards: 2, outputDir: straight }));
     values(await runRanks(2, { ...rest, shards: 2, steps: 3, outputDir: halves }));
     values(await runRanks(2, { ...rest, shards: 2, resume: true, outputDir: halves }));
-    expect(await tensors(halves)).toEqual(await tensors(straight));
+    expect(await tensorsOf(halves)).toEqual(await tensorsOf(straight));
     // With as many ranks as micro-batches each order of sums is the same.
     const changing = folder("shared-changing");
     values(await runRanks(3, { ...rest, shards: 3, steps: 2, outputDir: changing }));
@@ -124,7 +124,7 @@ describe.skipIf(!native)("ranks", () => {
     values(await runRanks(2, { ...rest, resume: true, outputDir: changing }));
     await using one = new Trainer({ ...rest, outputDir: folder("shared-one") });
     await collect(one);
-    expect(await tensors(changing)).toEqual(await tensors(folder("shared-one")));
+    expect(await tensorsOf(changing)).toEqual(await tensorsOf(folder("shared-one")));
   });
 
   test("that share the state take what is left at the end of the data", async () => {
@@ -137,7 +137,7 @@ describe.skipIf(!native)("ranks", () => {
     expect(counts.at(-1)).toBeLessThan(counts[0]!);
     const [events] = values(await runRanks(3, { ...all, shards: 3, outputDir: many }));
     expect(only(events!, "step").map((e) => e.loss)).toEqual(only(expected, "step").map((e) => e.loss));
-    expect(await tensors(many)).toEqual(await tensors(one));
+    expect(await tensorsOf(many)).toEqual(await tensorsOf(one));
   });
 
   test.each([
