@@ -233,8 +233,7 @@ void Executor::share_norms(Step& step, int block) const {
     for (const at::Tensor& of : all) {
       if (!of.defined()) continue;
       const double value = of.const_data_ptr<double>()[i];
-      if (!(value == -1.0))
-        parts.push_back(at::scalar_tensor(value, at::dtype(state_->wide()).device(spec_.device)));
+      if (!(value == -1.0)) parts.push_back(at::scalar_tensor(value, at::dtype(state_->wide()).device(spec_.device)));
     }
     if (!parts.empty()) step.norms[owned[i].parameter] = combined(parts);
   }
