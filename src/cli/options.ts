@@ -7,6 +7,7 @@
  */
 import type { Options as YargsOption } from "yargs";
 import { z } from "zod";
+import { TRANSPORTS } from "../distributed/transport.js";
 import { invalidArgument, StromaError } from "../errors.js";
 import { SCHEDULE_KINDS } from "../optim/schedules.js";
 import { STAGE_RULES } from "../plan/stages.js";
@@ -396,6 +397,12 @@ export const trainOptions = {
     STAGE_RULES,
     "Which blocks a rank has: dealt out in turn, or a stretch of neighbours (with --order oneForwardOneBackward)",
     "alternating",
+  ),
+  transport: choice(
+    RANKS,
+    TRANSPORTS,
+    "How ranks exchange: from card to card, or through the host",
+    "nccl where each rank has a card of its own, else gloo",
   ),
   distributed: alias("--gpus with all cards of this machine"),
   use8bitOptimizer: alias("--optimizer adamw8bit"),

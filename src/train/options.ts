@@ -1,6 +1,7 @@
 /** What a Trainer takes, its defaults, and the arithmetic that the options must agree on. */
 import type { DatasetOptions } from "../data/index.js";
 import type { Dataset } from "../data/types.js";
+import { TRANSPORTS } from "../distributed/transport.js";
 import { invalidArgument, StromaError } from "../errors.js";
 import { type AdamWOptions, resolveAdamW } from "../optim/adamw.js";
 import { checkSchedule, type LearningRateSchedule, SCHEDULE_KINDS, type ScheduleKind } from "../optim/schedules.js";
@@ -9,7 +10,7 @@ import type { Recompute, Schedule } from "../plan/types.js";
 import type { TrainEvent } from "./events.js";
 import { MEMORY_NAMES, type MemoryOptions, type ResolvedMemory, resolveMemory } from "./memory-options.js";
 import type { ModelSpec } from "./model-source.js";
-import type { RankSpec, SessionOptions } from "./native-session.js";
+import type { RankSpec, SessionOptions, Transport } from "./native-session.js";
 
 export interface TrainerOptions extends MemoryOptions {
   /** A preset's name, `{ config }` of the decoder, or `{ definition, config }` of your own. Required unless resuming. */
@@ -71,6 +72,8 @@ export interface TrainerOptions extends MemoryOptions {
   ranks?: RankSpec;
   /** Which blocks are whose. Default "alternating". */
   stages?: StageRule;
+  /** How ranks exchange. Default "nccl" where each has a card of its own and the build has NCCL, else "gloo". */
+  transport?: Transport;
   /** What blocks compute in. Default: as `precision` says, "float32". */
   dtype?: SessionOptions["dtype"];
   /** Threads of the engine; 0: all this process may use. Default 0. */
@@ -104,10 +107,11 @@ type Plain = Omit<
 /** Options with every default filled in; all but model and data plain JSON. */
 export interface ResolvedOptions
   extends Required<
-      Omit<Plain, "steps" | "epochs" | "outputDir" | "ranks" | keyof MemoryOptions | keyof ResolvedMemory>
+      Omit<Plain, "steps" | "epochs" | "outputDir" | "ranks" | "transport" | keyof MemoryOptions | keyof ResolvedMemory>
     >,
     ResolvedMemory {
   ranks: RankSpec | null;
+  transport: Transport | null;
   model: ModelSpec;
   data: string | DatasetOptions | Dataset;
   steps: number | null;
@@ -125,7 +129,7 @@ const NAMES = [
   ...["sequenceLength", "learningRate", "learningRateSchedule", "weightDecay", "adamw", "maxGradNorm", "seed"],
   ...["outputDir", "logEveryNSteps", "saveEveryNSteps", "saveEveryNEpochs", "evalEveryNSteps", "evalMicroBatches"],
   ...["sampleEveryNSteps", "samplePrompts", "sampleTokens", "keepLast", "resume", "device", "dtype", "threads"],
-  ...["ranks", "stages"],
+  ...["ranks", "stages", "transport"],
   ...["order", "recompute", "nonFinite", "profileMemory", "onEvent"],
   ...MEMORY_NAMES,
 ];
@@ -193,6 +197,7 @@ export function resolveOptions(options: TrainerOptions): ResolvedOptions {
     device,
     ranks: o.ranks ?? null,
     stages: oneOf(o.stages ?? "alternating", STAGE_RULES, "stages"),
+    transport: o.transport === undefined ? null : oneOf(o.transport, TRANSPORTS, "transport"),
     threads: whole(o.threads ?? 0, "threads", 0, MAX_THREADS),
     profileMemory:
       typeof o.profileMemory === "number" ? whole(o.profileMemory, "profileMemory", 1) : (o.profileMemory ?? false),
@@ -254,6 +259,7 @@ export function savedOptions(
     outputDir: _outputDir,
     profileMemory: _profile,
     ranks: _ranks,
+    transport: _transport,
     ...kept
   } = o;
   const { steps, epochs, maxGradNorm, ...rest } = kept;

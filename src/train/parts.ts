@@ -1,6 +1,7 @@
 /** What a Trainer is put together from. The defaults are the real ones; tests of the loop itself bring their own. */
 import type { DatasetOptions } from "../data/index.js";
 import type { Dataset } from "../data/types.js";
+import { type TransportFacts, transportFacts } from "../distributed/transport.js";
 import { StromaError } from "../errors.js";
 import type { BatchInput, Graph } from "../graph/types.js";
 import type { ComputeDType } from "./compute-dtype.js";
@@ -12,6 +13,7 @@ import type { TrainingPlan } from "./plan.js";
 export interface Parts {
   createSession(options: SessionOptions): Promise<NativeSession>;
   joinRanks(spec: RankSpec): Promise<NativeRanks>;
+  transportFacts(o: Pick<SettledOptions, "transport" | "device">): Promise<TransportFacts>;
   libtorchVersion(): Promise<string>;
   openDataset(spec: string | DatasetOptions): Promise<Dataset>;
   resolveModel(spec: ModelSpec): ResolvedModel;
@@ -23,6 +25,8 @@ export interface Parts {
 export const realParts: Parts = {
   createSession: async (options) => (await import("../native.js")).loadAddon().createSession(options),
   joinRanks: async (spec) => (await import("../native.js")).loadAddon().joinRanks(spec),
+  transportFacts: async ({ transport, device }) =>
+    transportFacts(transport, device, (await import("../native.js")).loadAddon()),
   libtorchVersion: async () => (await import("../native.js")).currentBuild().libtorch.version,
   openDataset: async (spec) => (await import("../data/index.js")).openDataset(spec),
   resolveModel,

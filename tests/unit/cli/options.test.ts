@@ -124,6 +124,7 @@ describe("the options, declared once", () => {
           "--restart",
           "--rank-timeout",
           "--stages",
+          "--transport",
           "--distributed",
           "--use-8bit-optimizer",
           "--use-mixed-precision",
@@ -151,6 +152,7 @@ describe("the options, declared once", () => {
       "microBatchSize",
       "outputDir",
       "ranks", // their number here, which rank this is there
+      "transport", // chosen when all ranks are there
       "validationShare",
       "packing",
       "onBadSource",
