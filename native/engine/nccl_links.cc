@@ -57,6 +57,23 @@ void without_watchdog() {
   std::call_once(once, [] { c10::utils::set_env("TORCH_NCCL_BLOCKING_WAIT", "1"); });
 }
 
+// What NCCL says, without where in c10d it was heard and the stack: its error, and its last words where it left some.
+std::string brief(const std::string& text) {
+  std::string said = text.substr(0, text.find('\n'));
+  const std::string where = "NCCL error in: ", last = "Last error:\n";
+  if (said.rfind(where, 0) == 0 && said.find(", ") != std::string::npos) said = said.substr(said.find(", ") + 2);
+  const size_t at = text.find(last);
+  if (at == std::string::npos) return said;
+  const std::string rest = text.substr(at + last.size());
+  const std::string words = rest.substr(0, rest.find('\n'));
+  return words.empty() ? said : said + ": " + words;
+}
+
+// c10d says on stderr that a group of two makes a communicator of two.
+class Silence final : public c10::WarningHandler {
+  void process(const c10::Warning&) override {}
+};
+
 // Waits until `done` says so; false: `patient` said no.
 bool wait_for(const std::function<bool()>& done, const std::function<bool()>& patient) {
   const auto begun = Clock::now();
@@ -84,6 +101,8 @@ bool on_errand(at::Device device, std::function<void()> work, const std::functio
     std::exception_ptr failure;
     try {
       const c10::cuda::CUDAGuard guard(device);
+      Silence silence;
+      const c10::WarningUtils::WarningHandlerGuard quiet(&silence);
       work();
     } catch (...) {
       failure = std::current_exception();
@@ -114,7 +133,7 @@ std::string failure_of(c10d::Work& work) {
   try {
     std::rethrow_exception(failure);
   } catch (const std::exception& error) {
-    return error.what();
+    return brief(error.what());
   }
 }
 
@@ -174,7 +193,7 @@ class NcclLinks final : public Links {
       if (wait_for([&] { return work->isCompleted(); }, [&] { return ranks_->lost().empty(); }))
         why = failure_of(*work);
     } catch (const std::exception& error) {
-      why = error.what();
+      why = brief(error.what());
     }
     if (!why.empty() || !ranks_->lost().empty()) {
       abort(end);
@@ -213,16 +232,19 @@ class NcclLinks final : public Links {
         options->group_name = "stroma " + std::to_string(pair.first) + " to " + std::to_string(pair.second);
         options->global_ranks_in_group = {static_cast<uint64_t>(pair.first), static_cast<uint64_t>(pair.second)};
         making->line = c10::make_intrusive<Line>(ranks->line_store(pair.first, pair.second), sends ? 0 : 1, options);
-        const auto first = making->line->begin(at::zeros({1}, at::TensorOptions().dtype(at::kByte).device(device)));
-        if (wait_for([&] { return first->isCompleted(); }, [&] { return !making->given_up; }))
-          making->why = failure_of(*first);
-        else
-          making->line->abort();
+        try {
+          const auto first = making->line->begin(at::zeros({1}, at::TensorOptions().dtype(at::kByte).device(device)));
+          if (wait_for([&] { return first->isCompleted(); }, [&] { return !making->given_up; }))
+            making->why = failure_of(*first);
+        } catch (const std::exception& error) {
+          making->why = brief(error.what());
+        }
+        if (making->given_up || !making->why.empty()) making->line->abort();
       };
       done = on_errand(device_, work, [&] { return ranks_->lost().empty() && Clock::now() < until; });
     } catch (const std::exception& error) {
       done = true;
-      making->why = error.what();
+      making->why = brief(error.what());
     }
     if (done && making->why.empty()) return making->line;
     making->given_up = true;
