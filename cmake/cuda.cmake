@@ -31,3 +31,15 @@ if(KERNEL_CUDA_SOURCES)
   set(CMAKE_CUDA_STANDARD 20)
   set(CMAKE_CUDA_FLAGS "${CMAKE_CUDA_FLAGS} --expt-relaxed-constexpr --expt-extended-lambda -Xcompiler=-Wall")
 endif()
+
+# NCCL: libtorch_cuda carries c10d's ProcessGroupNCCL and finds libnccl by a path of its own, so that headers are all it
+# takes: those of the NCCL that this libtorch was built with, in the wheel beside it. STROMA_NCCL_INCLUDE: their folders;
+# without them ranks on cards exchange over Gloo.
+if(STROMA_NCCL_INCLUDE)
+  set(nccl_options ${STROMA_NCCL_INCLUDE})
+  list(TRANSFORM nccl_options PREPEND "-isystem")
+  set_source_files_properties(native/engine/nccl_links.cc PROPERTIES
+    COMPILE_DEFINITIONS STROMA_NCCL COMPILE_OPTIONS "${nccl_options}")
+else()
+  message(STATUS "no nccl.h: ranks on cards will exchange over Gloo")
+endif()

@@ -28,6 +28,10 @@ export interface SessionFactory {
   /** Resolves when all ranks are there. Rejects with RANKS, naming who is missing. */
   /** Rejects with RANKS when a rank is missing after `joinSeconds`, or when `signal` is aborted before all are there. */
   joinRanks(spec: RankSpec, signal?: AbortSignal): Promise<NativeRanks>;
+  /** Of the NCCL that ranks on cards exchange over; null: this build has none. */
+  ncclVersion(): string | null;
+  /** Where a card sits in its machine, as the driver says it. Throws NOT_SET_UP without a CUDA build or driver. */
+  busAddress(card: number): string;
   /** Ends the engine's threads of the whole process: called once, when it exits. */
   endThreads(): void;
 }

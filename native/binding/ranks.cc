@@ -6,6 +6,8 @@
 #include "binding/exports.h"
 #include "binding/lane.h"
 #include "binding/session_decode.h"
+#include "engine/cuda_device.h"
+#include "engine/nccl_links.h"
 
 namespace stroma {
 namespace {
@@ -151,6 +153,21 @@ std::shared_ptr<engine::Ranks> ranks_of(const Napi::Value& value) {
 void export_ranks(Napi::Env env, Napi::Object exports) {
   auto made = std::make_shared<Napi::FunctionReference>(Napi::Persistent(RanksWrap::define(env)));
   env_state(env).ranks = made;
+  exports.Set("ncclVersion", Napi::Function::New(env, [](const Napi::CallbackInfo& info) -> Napi::Value {
+                return entry(info, [&]() -> Napi::Value {
+                  const std::string version = engine::nccl::version();
+                  if (version.empty()) return info.Env().Null();
+                  return Napi::String::New(info.Env(), version);
+                });
+              }));
+  exports.Set("busAddress", Napi::Function::New(env, [](const Napi::CallbackInfo& info) -> Napi::Value {
+                return entry(info, [&]() -> Napi::Value {
+                  if (info.Length() < 1 || !info[0].IsNumber())
+                    throw CodedError("INVALID_ARGUMENT", "[ranks] expected the number of a card");
+                  const auto index = static_cast<c10::DeviceIndex>(info[0].As<Napi::Number>().Int32Value());
+                  return Napi::String::New(info.Env(), engine::cuda::bus_address(at::Device(at::kCUDA, index)));
+                });
+              }));
   exports.Set("joinRanks", Napi::Function::New(env, [](const Napi::CallbackInfo& info) -> Napi::Value {
                 return entry(info, [&]() -> Napi::Value {
                   engine::RankSpec spec = decode_spec(info.Length() > 0 ? info[0] : info.Env().Undefined());

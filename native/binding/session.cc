@@ -223,6 +223,15 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
     }
     if (options.has("diskFolder")) spec.disk_folder = options.text("diskFolder");
     if (options.has("ranks")) spec.ranks = ranks_of(options.at("ranks"));
+    if (options.has("transport")) {
+      const std::string transport = options.text("transport");
+      if (transport != "nccl" && transport != "gloo")
+        throw CodedError("INVALID_ARGUMENT", "[session] expected transport nccl or gloo, got " + transport);
+      spec.over_nccl = transport == "nccl";
+      if (spec.over_nccl && (!is_cuda || !spec.ranks))
+        throw CodedError("CONFIG", "[session] transport \"nccl\" is between ranks on CUDA devices: with device \"" +
+                                       device + (spec.ranks ? "\"" : "\" and no ranks") + " use \"gloo\"");
+    }
     if (options.has("context")) spec.context = options.integers("context");
     if (!spec.context.empty() && !spec.ranks)
       throw CodedError("CONFIG", "[session] options.context is for a session with options.ranks");

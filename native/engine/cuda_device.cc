@@ -20,6 +20,7 @@
 #include <thread>
 
 #include "engine/layout.h"
+#include "engine/nccl_links.h"
 #include "engine/step.h"
 
 namespace stroma::engine::cuda {
@@ -54,12 +55,13 @@ class Event {
 // disk.
 class CudaCopies final : public Copies {
  public:
-  CudaCopies(at::Device device, std::shared_ptr<Ranks> ranks)
+  CudaCopies(at::Device device, std::shared_ptr<Ranks> ranks, bool over_nccl)
       : device_(device),
         queues_(lines_among(ranks.get())),
         busy_(queues_.size()),
         threads_(queues_.size()),
         ranks_(std::move(ranks)) {
+    if (over_nccl) links_ = nccl::links(device_, ranks_);
     const c10::cuda::CUDAGuard guard(device_);
     for (int direction = 0; direction < 2; ++direction)
       streams_.push_back(c10::cuda::getStreamFromPool(/*isHighPriority=*/true, device_.index()));
@@ -75,6 +77,7 @@ class CudaCopies final : public Copies {
   }
 
   void begin(const Tape& tape, const Memory& memory, Timeline* timeline) override {
+    if (links_) links_->open(tape);
     const std::lock_guard lock(mutex_);
     tape_ = &tape;
     memory_ = &memory;
@@ -211,7 +214,7 @@ class CudaCopies final : public Copies {
         if (on_stream(w)) check(cudaEventSynchronize(events_[w].get()), "waiting for a copy");
       const double start = steady_seconds();
       if (copy.op != Instruction::Op::kCopy)
-        exchange(*tape_, *memory_, copy, *ranks_);
+        links_ ? links_->exchange(*tape_, *memory_, copy) : exchange(*tape_, *memory_, copy, *ranks_);
       else if (copy.queue == CopyQueue::kLoad)
         memory_->disk().read(at(copy.from).offset + copy.at, memory_->address(at(copy.to)) + copy.at, copy.bytes);
       else
@@ -263,6 +266,7 @@ class CudaCopies final : public Copies {
   std::vector<char> busy_;
   std::vector<std::thread> threads_;
   const std::shared_ptr<Ranks> ranks_;
+  std::unique_ptr<nccl::Links> links_;  // null: over Gloo
   const Tape* tape_ = nullptr;
   const Memory* memory_ = nullptr;
   Timeline* timeline_ = nullptr;
@@ -282,6 +286,13 @@ void check_device(at::Device device) {
          "[cuda] this build has CUDA, and no card answers. Look at `npx stroma doctor`, or use device \"cpu\"");
   if (device.index() >= count)
     fail("INVALID_ARGUMENT", "[cuda] expected a card below ", count, ", got ", static_cast<int>(device.index()));
+}
+
+std::string bus_address(at::Device device) {
+  check_device(device);
+  char address[64] = {0};
+  check(cudaDeviceGetPCIBusId(address, sizeof address, device.index()), "asking where the card sits");
+  return address;
 }
 
 at::Tensor pinned_bytes(int64_t bytes) {
@@ -350,8 +361,8 @@ StreamScope::StreamScope(at::Device device) {
 }
 StreamScope::~StreamScope() = default;
 
-std::unique_ptr<Copies> copies(at::Device device, std::shared_ptr<Ranks> ranks) {
-  return std::make_unique<CudaCopies>(device, std::move(ranks));
+std::unique_ptr<Copies> copies(at::Device device, std::shared_ptr<Ranks> ranks, bool over_nccl) {
+  return std::make_unique<CudaCopies>(device, std::move(ranks), over_nccl);
 }
 
 }  // namespace stroma::engine::cuda
@@ -368,6 +379,7 @@ namespace {
 
 bool built() { return false; }
 void check_device(at::Device) { refuse(); }
+std::string bus_address(at::Device) { refuse(); }
 at::Tensor pinned_bytes(int64_t) { refuse(); }
 void transfer(at::Device, void*, const void*, int64_t) { refuse(); }
 void zero(at::Device, void*, int64_t) { refuse(); }
@@ -378,7 +390,7 @@ void give_back() {}
 struct StreamScope::State {};
 StreamScope::StreamScope(at::Device) { refuse(); }
 StreamScope::~StreamScope() = default;
-std::unique_ptr<Copies> copies(at::Device, std::shared_ptr<Ranks>) { refuse(); }
+std::unique_ptr<Copies> copies(at::Device, std::shared_ptr<Ranks>, bool) { refuse(); }
 
 }  // namespace stroma::engine::cuda
 

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <memory>
+#include <string>
 
 #include "engine/copies.h"
 
@@ -12,6 +13,8 @@ namespace stroma::engine::cuda {
 bool built();
 // Throws NOT_SET_UP without a CUDA build or driver, INVALID_ARGUMENT for a card that is not there.
 void check_device(at::Device device);
+// Where the card sits in its machine, "0000:65:00.0": the same for all processes that use it, whatever they number it.
+std::string bus_address(at::Device device);
 // Pages of our own, registered with the driver: the stock pinned allocator rounds up to powers of two (20.4 -> 32 GiB).
 at::Tensor pinned_bytes(int64_t bytes);
 // Between device memory and pageable or pinned memory, done at return.
@@ -41,6 +44,7 @@ class StreamScope {
 
 // A stream for each direction, and threads for the disk queues. Instructions of the compute queue are ordered by events
 // of the current stream.
-std::unique_ptr<Copies> copies(at::Device device, std::shared_ptr<Ranks> ranks);
+// over_nccl: between ranks from card to card; else through the host, over Gloo.
+std::unique_ptr<Copies> copies(at::Device device, std::shared_ptr<Ranks> ranks, bool over_nccl);
 
 }  // namespace stroma::engine::cuda

@@ -30,7 +30,7 @@ Executor::Executor(const SessionSpec& spec) : spec_(spec), account_(Account::mak
   if (!spec_.device.is_cpu()) {
     cuda::check_device(spec_.device);
     cuda::limit_memory(spec_.device, spec_.device_bytes);
-    copies_ = cuda::copies(spec_.device, spec_.ranks);
+    copies_ = cuda::copies(spec_.device, spec_.ranks, spec_.over_nccl);
     return;
   }
   if (spec_.device_bytes.has_value()) account_.cap = *spec_.device_bytes;

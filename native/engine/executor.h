@@ -31,6 +31,7 @@ struct SessionSpec {
   SimOptions sim;
   std::string disk_folder;
   std::shared_ptr<Ranks> ranks;  // null: this session trains alone
+  bool over_nccl = false;        // what ranks exchange; else over Gloo
   std::vector<int> context;      // ranks that share every row with this one, by their place; empty: rows are whole
 };
 

@@ -183,6 +183,23 @@ class Joined final : public Ranks {
     owed.clear();
   }
 
+  void meet(int peer, bool sends) override { move(Channel::kData, at::zeros({1}, at::kByte), peer, /*out=*/!sends, 3); }
+  c10::intrusive_ptr<c10d::Store> line_store(int from, int to) override {
+    const std::string line = std::to_string(from) + "/" + std::to_string(to);
+    int made = 0;
+    {
+      const std::lock_guard lock(grouping_);
+      made = lines_[line]++;
+    }
+    return c10::make_intrusive<c10d::PrefixStore>("line/" + line + "/" + std::to_string(made),
+                                                  connect_store(spec_, false, to_ms(spec_.silence_seconds)));
+  }
+  void moved(int64_t sent, int64_t received) override {
+    sent_ += sent;
+    received_ += received;
+  }
+  void lose(int peer, const std::string& why) override { watch_->lose_peer(peer, why.c_str()); }
+
   void fail(const std::string& why) override {
     try {
       store_->set(key("last", spec_.rank), bytes_of(why.empty() ? "no reason given" : why));
@@ -349,6 +366,7 @@ class Joined final : public Ranks {
   std::string own_;         // address
   c10::intrusive_ptr<c10d::ProcessGroupGloo> channels_[kChannels];
   std::map<std::vector<int>, std::unique_ptr<RankGroup>> made_;  // by members
+  std::map<std::string, int> lines_;                             // made, by ends
   std::mutex grouping_;
   std::mutex posting_[kChannels];
   std::vector<Moving> owed_[kChannels];

@@ -3,12 +3,17 @@
 // that fails says so in the store, one that is silent is missed there, and then every wait throws, naming it.
 #pragma once
 #include <ATen/core/Tensor.h>
+#include <c10/util/intrusive_ptr.h>
 
 #include <atomic>
 #include <functional>
 #include <memory>
 #include <string>
 #include <vector>
+
+namespace c10d {
+class Store;
+}
 
 namespace stroma::engine {
 
@@ -46,6 +51,16 @@ class Ranks {
   // of each list is collective over its members; later ones give the same name. What waits in an operator ends as
   // send() and receive() do.
   virtual std::string group(const std::vector<int>& members) = 0;
+  // For transfers that go another way than over these channels (nccl_links.h). Both ends of one meet here first, the
+  // sender with sends = true: returns when the other is there too. Threads as for send() and receive(), on kData.
+  virtual void meet(int peer, bool sends) = 0;
+  // A connection of its own to the store, for the n-th line from one rank to another: its keys are those that the other
+  // end has at its n-th call, and no others'.
+  virtual c10::intrusive_ptr<c10d::Store> line_store(int from, int to) = 0;
+  // Counts them.
+  virtual void moved(int64_t sent, int64_t received) = 0;
+  // Such a transfer failed: the peer counts as lost, unless there is a reason already. Throws RANKS.
+  [[noreturn]] virtual void lose(int peer, const std::string& why) = 0;
   // Tells the others that this rank is failing; every wait of every rank throws from now on.
   virtual void fail(const std::string& why) = 0;
   // Why every wait throws; empty while all is well.

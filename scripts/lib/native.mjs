@@ -5,7 +5,15 @@ import { dirname, join } from "node:path";
 import { hashTree, stampIs } from "./hash.mjs";
 import { ask, run, SetupError, step, which } from "./process.mjs";
 import { readTorchVersion, root, writeAtomically, writeRecord } from "./record.mjs";
-import { compileJobs, cudaHeaders, findBuildTools, findCompiler, findNvcc, requireCompiler } from "./toolchain.mjs";
+import {
+  compileJobs,
+  cudaHeaders,
+  findBuildTools,
+  findCompiler,
+  findNvcc,
+  ncclHeaders,
+  requireCompiler,
+} from "./toolchain.mjs";
 
 const require = createRequire(join(root, "package.json"));
 
@@ -131,6 +139,8 @@ async function cudaArguments(torch, pipArgs) {
   if (!cudart) throw new SetupError(`${name} is missing beside ${torch.path}`, "run `npx stroma setup --cuda --force`");
   const args = [`-DSTROMA_CUDA_INCLUDE=${include}`, `-DSTROMA_CUDART=${cudart}`];
   if (nvcc) args.push(`-DCMAKE_CUDA_COMPILER=${nvcc}`);
+  const nccl = ncclHeaders(torch.path);
+  if (nccl) args.push(`-DSTROMA_NCCL_INCLUDE=${nccl.join(";")}`);
   return args;
 }
 

@@ -1,5 +1,5 @@
 // The compiler, cmake, ninja and nvcc: from the machine, or (all but the compiler) from packages in the cache.
-import { existsSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { existsSync, mkdtempSync, readdirSync, rmSync, writeFileSync } from "node:fs";
 import { availableParallelism, freemem, tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import { ask, run, SetupError, step, which, withLock } from "./process.mjs";
@@ -124,4 +124,16 @@ export function cudaHeaders(torchPath, cuda, nvcc) {
   ];
   const needed = ["cuda_runtime_api.h", join("crt", "host_config.h")];
   return candidates.find((folder) => needed.every((file) => existsSync(join(folder, file)))) ?? null;
+}
+
+/**
+ * Folders that c10d's ProcessGroupNCCL.hpp includes from, of the wheels beside torch: NCCL's, and those of the libraries
+ * that libtorch's CUDA context names. Null where one is missing: ranks on cards then exchange over Gloo.
+ */
+export function ncclHeaders(torchPath) {
+  const nvidia = join(dirname(torchPath), "nvidia");
+  const folders = existsSync(nvidia) ? readdirSync(nvidia).map((name) => join(nvidia, name, "include")) : [];
+  const needed = ["nccl.h", "cublas_v2.h", "cublasLt.h", "cusparse.h", "cusolverDn.h"];
+  const found = needed.map((file) => folders.find((folder) => existsSync(join(folder, file))));
+  return found.includes(undefined) ? null : [...new Set(found)];
 }

@@ -93,6 +93,14 @@ async function gpu(): Promise<Result> {
   };
 }
 
+/** Which NCCL ranks on cards would exchange over; without it they train all the same, over Gloo. */
+function nccl(): Result {
+  const version = loadAddon().ncclVersion();
+  if (version !== null) return { ok: true, detail: `NCCL ${version}, for ranks with a card each`, cure: null };
+  const cure = `for NCCL, let setup fetch libtorch: ${SETUP} --cuda with STROMA_LIBTORCH unset`;
+  return { ok: true, detail: "none in this build: ranks on cards exchange over Gloo, through the host", cure };
+}
+
 async function trainingStep(): Promise<Result> {
   const { findModel } = await import("../models/registry.js");
   const { planResident } = await import("../plan/planner.js");
@@ -143,5 +151,6 @@ await link("addon", addon);
 await link("operator", operator);
 await link("openmp", openmp);
 await link("gpu", gpu);
+if (currentBuild().libtorch.cuda !== null) await link("nccl", nccl);
 await link("training step", trainingStep);
 process.exit(0);

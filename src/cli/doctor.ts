@@ -43,8 +43,12 @@ export interface DoctorReport {
 }
 
 /** The links that the child tries, in order. */
-export const CHILD_LINKS = ["addon", "operator", "openmp", "gpu", "training step"] as const;
+const CHILD_LINKS = ["addon", "operator", "openmp", "gpu", "nccl", "training step"] as const;
 export type ChildLink = (typeof CHILD_LINKS)[number];
+
+/** Without a CUDA build there is no word of NCCL. */
+export const childLinks = (cuda: string | null): readonly ChildLink[] =>
+  CHILD_LINKS.filter((name) => name !== "nccl" || cuda !== null);
 
 /** A line of the child: a link begins, or ends with its result. */
 export type ChildLine = { begin: ChildLink } | ({ end: ChildLink; cudaDevices?: number } & Omit<Check, "name">);
@@ -187,8 +191,9 @@ async function childChecks(build: Build, child?: string): Promise<{ links: Check
     detail: `not tried: ${reason}`,
     cure: SETUP,
   });
+  const expected = childLinks(build.record?.libtorch.cuda ?? null);
   if (!build.usable) {
-    return { links: CHILD_LINKS.map((name) => notTried(name, "the build is missing or does not fit")), cudaDevices: 0 };
+    return { links: expected.map((name) => notTried(name, "the build is missing or does not fit")), cudaDevices: 0 };
   }
   const { lines, ending, stderr } = await runChild(child);
   const links: Check[] = [];
@@ -213,7 +218,7 @@ async function childChecks(build: Build, child?: string): Promise<{ links: Check
     });
   }
   const last = links.at(-1)?.name ?? "start of the child process";
-  for (const name of CHILD_LINKS.slice(links.length)) links.push(notTried(name, `"${last}" failed`));
+  for (const name of expected.slice(links.length)) links.push(notTried(name, `"${last}" failed`));
   return { links, cudaDevices };
 }
 

@@ -18,7 +18,10 @@ export type DistributedPlan =
   /** `timeoutSeconds`: of silence, after which a rank counts as lost. */
   | { mode: "rank"; spec: RankSpec; device?: Card; timeoutSeconds: number };
 
-export type RankFlags = Pick<TrainFlags, "ranks" | "gpus" | "distributed" | "restart" | "rankTimeout" | "device">;
+export type RankFlags = Pick<
+  TrainFlags,
+  "ranks" | "gpus" | "distributed" | "restart" | "rankTimeout" | "transport" | "device"
+>;
 
 /**
  * @param cards how many this process may use
@@ -30,7 +33,7 @@ export function distributedPlan(
   env: Environment = process.env,
   cards: () => number = () => countCards(env),
 ): DistributedPlan {
-  const { ranks, gpus, device, restart = 0, rankTimeout } = flags;
+  const { ranks, gpus, device, restart = 0, rankTimeout, transport } = flags;
   const onCards = gpus !== undefined || flags.distributed === true;
   const asked = gpus !== undefined ? `--gpus ${gpus}` : "--distributed";
   if (onCards && device !== undefined)
@@ -74,6 +77,8 @@ export function distributedPlan(
   const launched = env[ATTEMPT] !== undefined && env[ATTEMPT] !== "";
   if (wanted === 1 && rankTimeout !== undefined)
     throw config(`--rank-timeout ${rankTimeout} is for a run over several ranks, and this is one alone: leave it out`);
+  if (wanted === 1 && transport !== undefined)
+    throw config(`--transport ${transport} is how several ranks exchange, and this is one alone: leave it out`);
   if (wanted === 1 && (restart === 0 || launched)) return { mode: "single", ...(onCards ? { device: "cuda:0" } : {}) };
   return { mode: "launch", ranks: wanted };
 }

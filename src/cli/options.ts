@@ -7,6 +7,7 @@
  */
 import type { Options as YargsOption } from "yargs";
 import { z } from "zod";
+import { TRANSPORTS } from "../distributed/transport.js";
 import { invalidArgument, StromaError } from "../errors.js";
 import { SCHEDULE_KINDS } from "../optim/schedules.js";
 import { STAGE_RULES } from "../plan/stages.js";
@@ -423,6 +424,12 @@ export const trainOptions = {
     ["float32", "bfloat16"],
     "What gradients travel as between ranks that share blocks; as they are summed, unless said",
     null,
+  ),
+  transport: choice(
+    RANKS,
+    TRANSPORTS,
+    "How ranks exchange: from card to card, or through the host",
+    "nccl where each rank has a card of its own, else gloo",
   ),
   distributed: alias("--gpus with all cards of this machine"),
   use8bitOptimizer: alias("--optimizer adamw8bit"),

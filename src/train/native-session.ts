@@ -29,6 +29,9 @@ export interface SimDeviceOptions {
   adversary: number | null;
 }
 
+/** nccl: from card to card. gloo: through the hosts' memory. */
+export type Transport = "nccl" | "gloo";
+
 export interface SessionOptions {
   /** cpu: the device is this process's memory. sim: the same behind a SimDevice. */
   device: "cpu" | "sim" | `cuda:${number}`;
@@ -51,6 +54,11 @@ export interface SessionOptions {
   deviceMemory?: number;
   /** The others that train the same model; tapes then have stages. From joinRanks; left by its owner after dispose(). */
   ranks?: NativeRanks;
+  /**
+   * How what tapes send and receive travels; all ranks alike. "nccl" is for CUDA devices, no two of them one card, and a
+   * build with NCCL. Default "gloo".
+   */
+  transport?: Transport;
   /**
    * Ranks that share every row with this one, by their place in it (splitBatch), this one among them: the group of a graph
    * that was traced with as many. load() waits for all of them.

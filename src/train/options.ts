@@ -1,6 +1,7 @@
 /** What a Trainer takes, its defaults, and the arithmetic that the options must agree on. */
 import type { DatasetOptions } from "../data/index.js";
 import type { Dataset } from "../data/types.js";
+import { TRANSPORTS } from "../distributed/transport.js";
 import { invalidArgument, StromaError } from "../errors.js";
 import { type AdamWOptions, resolveAdamW } from "../optim/adamw.js";
 import { checkSchedule, type LearningRateSchedule, SCHEDULE_KINDS, type ScheduleKind } from "../optim/schedules.js";
@@ -9,7 +10,7 @@ import type { Recompute, Schedule } from "../plan/types.js";
 import type { TrainEvent } from "./events.js";
 import { MEMORY_NAMES, type MemoryOptions, type ResolvedMemory, resolveMemory } from "./memory-options.js";
 import type { ModelSpec } from "./model-source.js";
-import type { RankSpec, SessionOptions } from "./native-session.js";
+import type { RankSpec, SessionOptions, Transport } from "./native-session.js";
 
 export interface TrainerOptions extends MemoryOptions {
   /** A preset's name, `{ config }` of the decoder, or `{ definition, config }` of your own. Required unless resuming. */
@@ -86,6 +87,8 @@ export interface TrainerOptions extends MemoryOptions {
   context?: number;
   /** What gradients travel as between ranks that share blocks. Default: float32, as they are summed. */
   reduceDtype?: "float32" | "bfloat16";
+  /** How ranks exchange. Default "nccl" where each has a card of its own and the build has NCCL, else "gloo". */
+  transport?: Transport;
   /** What blocks compute in. Default: as `precision` says, "float32". */
   dtype?: SessionOptions["dtype"];
   /** Threads of the engine; 0: all this process may use. Default 0. */
@@ -128,6 +131,7 @@ export interface ResolvedOptions
         | "stages"
         | "shards"
         | "reduceDtype"
+        | "transport"
         | keyof MemoryOptions
         | keyof ResolvedMemory
       >
@@ -137,6 +141,7 @@ export interface ResolvedOptions
   stages: StageRule | null;
   shards: number | null;
   reduceDtype: NonNullable<TrainerOptions["reduceDtype"]> | null;
+  transport: Transport | null;
   model: ModelSpec;
   data: string | DatasetOptions | Dataset;
   steps: number | null;
@@ -154,7 +159,7 @@ const NAMES = [
   ...["sequenceLength", "learningRate", "learningRateSchedule", "weightDecay", "adamw", "maxGradNorm", "seed"],
   ...["outputDir", "logEveryNSteps", "saveEveryNSteps", "saveEveryNEpochs", "evalEveryNSteps", "evalMicroBatches"],
   ...["sampleEveryNSteps", "samplePrompts", "sampleTokens", "keepLast", "resume", "device", "dtype", "threads"],
-  ...["ranks", "stages", "shards", "replicas", "context", "reduceDtype"],
+  ...["ranks", "stages", "shards", "replicas", "context", "reduceDtype", "transport"],
   ...["order", "recompute", "nonFinite", "profileMemory", "onEvent"],
   ...MEMORY_NAMES,
 ];
@@ -225,6 +230,7 @@ export function resolveOptions(options: TrainerOptions): ResolvedOptions {
     ranks: o.ranks ?? null,
     stages: o.stages === undefined ? null : oneOf(o.stages, STAGE_RULES, "stages"),
     ...shared,
+    transport: o.transport === undefined ? null : oneOf(o.transport, TRANSPORTS, "transport"),
     threads: whole(o.threads ?? 0, "threads", 0, MAX_THREADS),
     profileMemory:
       typeof o.profileMemory === "number" ? whole(o.profileMemory, "profileMemory", 1) : (o.profileMemory ?? false),
@@ -308,6 +314,7 @@ export function savedOptions(
     outputDir: _outputDir,
     profileMemory: _profile,
     ranks: _ranks,
+    transport: _transport,
     ...kept
   } = o;
   const { steps, epochs, maxGradNorm, ...rest } = kept;

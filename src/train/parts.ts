@@ -1,6 +1,7 @@
 /** What a Trainer is put together from. The defaults are the real ones; tests of the loop itself bring their own. */
 import type { DatasetOptions } from "../data/index.js";
 import type { Dataset } from "../data/types.js";
+import { type TransportFacts, transportFacts } from "../distributed/transport.js";
 import { StromaError } from "../errors.js";
 import type { ContextOptions } from "../graph/context.js";
 import type { BatchInput, Graph } from "../graph/types.js";
@@ -13,6 +14,7 @@ import type { TrainingPlan } from "./plan.js";
 export interface Parts {
   createSession(options: SessionOptions): Promise<NativeSession>;
   joinRanks(spec: RankSpec, signal: AbortSignal): Promise<NativeRanks>;
+  transportFacts(o: Pick<SettledOptions, "transport" | "device">): Promise<TransportFacts>;
   libtorchVersion(): Promise<string>;
   openDataset(spec: string | DatasetOptions): Promise<Dataset>;
   resolveModel(spec: ModelSpec): ResolvedModel;
@@ -25,6 +27,8 @@ export interface Parts {
 export const realParts: Parts = {
   createSession: async (options) => (await import("../native.js")).loadAddon().createSession(options),
   joinRanks: async (spec, signal) => (await import("../native.js")).loadAddon().joinRanks(spec, signal),
+  transportFacts: async ({ transport, device }) =>
+    transportFacts(transport, device, (await import("../native.js")).loadAddon()),
   libtorchVersion: async () => (await import("../native.js")).currentBuild().libtorch.version,
   openDataset: async (spec) => (await import("../data/index.js")).openDataset(spec),
   resolveModel,

@@ -3,6 +3,7 @@ import { createRequire } from "node:module";
 import { type Checkpoint, readGraph, restoreSession } from "../checkpoint/read.js";
 import type { Dataset } from "../data/types.js";
 import { agreeOn } from "../distributed/ranks.js";
+import { agreeOnTransport } from "../distributed/transport.js";
 import { StromaError } from "../errors.js";
 import { GENERATE, type TextModel } from "../generate/generate.js";
 import { graphHash } from "../graph/hash.js";
@@ -45,6 +46,11 @@ export async function openTrainingSession(
   parts: Parts,
   ranks: NativeRanks | null = null,
 ): Promise<TrainingSession> {
+  if (ranks === null && options.transport !== null)
+    throw new StromaError(
+      "CONFIG",
+      `[trainer] transport "${options.transport}" is how several ranks exchange, and this is one alone: leave it out`,
+    );
   const graph = model.graph("train", options.dtype);
   const evalGraph = model.graph("eval", options.dtype);
   const generateGraph = model.graph("generate", options.dtype);
@@ -69,7 +75,7 @@ export async function openTrainingSession(
     });
   const session = await parts.createSession({
     ...sessionOptions(options, outputDir),
-    ...(ranks === null ? {} : { ranks }),
+    ...(ranks === null ? {} : { ranks, transport: await agreeOnTransport(ranks, await parts.transportFacts(options)) }),
   });
   try {
     await session.load(plan.graph, plan.placement);

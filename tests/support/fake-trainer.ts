@@ -25,6 +25,9 @@ export function fakeParts(faults: FakeFaults = {}, vocabulary = LETTERS.length):
     joinRanks: async () => {
       throw new Error("the fakes train alone");
     },
+    transportFacts: async () => {
+      throw new Error("the fakes train alone");
+    },
     libtorchVersion: async () => "none",
     openDataset: async (spec) => letters({ name: String(spec) }),
     resolveModel: (spec) => ({

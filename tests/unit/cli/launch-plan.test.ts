@@ -106,6 +106,7 @@ describe("contradictions are refused with the arithmetic", () => {
     ],
     [[{ gpus: 2, device: "cpu" }], "--gpus 2 trains on cards, and --device cpu is given"],
     [[{ restart: 1 }, RANK], "torchrun --max-restarts N"],
+    [[{ transport: "gloo" }], "--transport gloo is how several ranks exchange"],
     [[{ rankTimeout: 5 }], "--rank-timeout 5 is for a run over several ranks"],
     [[{}, { RANK: "0", WORLD_SIZE: "2" }], "missing are LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT"],
   ])("%j", (args, message) => {

@@ -128,6 +128,7 @@ describe("the options, declared once", () => {
           "--replicas",
           "--context",
           "--reduce-dtype",
+          "--transport",
           "--distributed",
           "--use-8bit-optimizer",
           "--use-mixed-precision",
@@ -157,6 +158,7 @@ describe("the options, declared once", () => {
       "ranks", // their number here, which rank this is there
       "stages", // what is not said, training settles: by a rule, or as the planner finds
       "shards",
+      "transport", // chosen when all ranks are there
       "validationShare",
       "packing",
       "onBadSource",
