@@ -607,8 +607,8 @@ std::map<std::string, at::Tensor> Executor::run(const std::string& name, const B
   return outputs;
 }
 
-// All parameters that a block owns, in the graph's dtype: its home, or a copy. With shards the ranks that hold them call
-// this together.
+// All parameters that a block owns, in the graph's dtype: its home, or a copy. With shards the ranks that hold them
+// call this together.
 at::Tensor Executor::flat_parameters(int owner) const {
   const BlockLayout& block = state_->layout[owner];
   if (state_->placement().shards() > 1) {

@@ -191,8 +191,9 @@ class Joined final : public Ranks {
       const std::lock_guard lock(grouping_);
       made = lines_[line]++;
     }
+    const auto store = connect_store(spec_, false, Clock::now() + to_ms(spec_.silence_seconds));
     return c10::make_intrusive<c10d::PrefixStore>("line/" + line + "/" + std::to_string(made),
-                                                  connect_store(spec_, false, to_ms(spec_.silence_seconds)));
+                                                  part_of(store, generation_));
   }
   void moved(int64_t sent, int64_t received) override {
     sent_ += sent;
