@@ -48,7 +48,7 @@ export class Boundaries {
   private readonly receives: Link[][] = [];
   private readonly received: number[] = [];
   private readonly arrivals: Value[][] = [];
-  private readonly resting: { p: P; until: number }[] = [];
+  private resting: { p: P; until: number }[] = [];
   /** Most outputs of any block. */
   private readonly most: number;
   /** Bytes of outputs, by block and output. */
@@ -116,10 +116,12 @@ export class Boundaries {
   /** Copies that begin after a pass. */
   after(pass: number): void {
     const { buffers } = this.emitter;
-    for (const { operand, count, peer } of this.sends[pass] ?? []) {
+    for (const { operand, count, peer, peerPass } of this.sends[pass] ?? []) {
       const value = this.find(operand.kind, operand.block, operand.output, operand.microBatch)!;
       this.emitter.exchange("send", operand, count, peer, value.here, value.bytes);
-      this.resting.push({ p: value.here, until: pass + REST });
+      // It is gone when the peer asks for it, near the pass that needs it there. Who writes its place before waits for
+      // the peer, and the peer perhaps for what it would do next.
+      this.resting.push({ p: value.here, until: Math.max(pass + REST, peerPass) });
       // A partial sum that comes back is another one.
       if (operand.kind === "dx") value.here = -1;
     }
@@ -134,7 +136,7 @@ export class Boundaries {
       } else this.copy("out", value, value.here, value.home);
       this.resting.push({ p: value.here, until: pass + REST });
     }
-    while (this.resting.length > 0 && this.resting[0]!.until < pass) this.resting.shift();
+    this.resting = this.resting.filter(({ until }) => until >= pass);
     for (const { p } of this.resting) buffers.touch(p, Math.max(0, this.emitter.position - 1));
   }
 

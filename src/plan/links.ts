@@ -18,6 +18,8 @@ export interface Link {
   peer: number;
   /** Index of the pass that it follows (what is sent) or that needs it (what is received). */
   pass: number;
+  /** The same at the peer, in its own numbering. */
+  peerPass: number;
 }
 export interface Links {
   /** In the order of passes. */
@@ -41,19 +43,24 @@ export function links(flow: Flow, policy: Ordered): Links | null {
   const { stages } = policy;
   if (stages === undefined) return null;
   const all = crossings(flow, policy);
+  const indices = new Map<number, Map<string, number>>();
   const indexOf = (rank: number): Map<string, number> => {
+    const known = indices.get(rank);
+    if (known !== undefined) return known;
     const visits = visitsOf(new Flow(flow.graph, { ...stages, rank }), policy);
-    return new Map(
-      visits.flatMap((v) => v.passes).map((p) => [keyOf(p.op === "forward", p.block, p.microBatch), p.index]),
-    );
+    const passes = visits.flatMap((v) => v.passes);
+    const index = new Map(passes.map((p) => [keyOf(p.op === "forward", p.block, p.microBatch), p.index]));
+    indices.set(rank, index);
+    return index;
   };
   const mine = indexOf(stages.rank);
   const linksOf = (end: "from" | "to", index: Map<string, number>, list: readonly Crossing[]) =>
     list.map((c) => ({
       operand: c.operand,
       count: c.count,
-      peer: c[end === "from" ? "to" : "from"].rank,
+      peer: c[other(end)].rank,
       pass: index.get(c[end].key)!,
+      peerPass: indexOf(c[other(end)].rank).get(c[other(end)].key)!,
     }));
   const bySender = (index: Map<string, number>, list: Crossing[]) =>
     list
@@ -74,6 +81,8 @@ export function links(flow: Flow, policy: Ordered): Links | null {
   });
   return { sends, receives };
 }
+
+const other = (end: "from" | "to") => (end === "from" ? "to" : "from");
 
 /** A turn is a backward here: its block has no other pass. */
 const keyOf = (forward: boolean, block: number, microBatch: number): string =>

@@ -1,4 +1,5 @@
 /** Stages, and the tapes of several ranks: proved together, and refused when one of them is wrong. */
+import fc from "fast-check";
 import { describe, expect, it } from "vitest";
 import { StromaError } from "../../../src/errors.js";
 import { traceModel } from "../../../src/graph/index.js";
@@ -14,6 +15,7 @@ import type { Boundary, Instruction, Schedule, Tape } from "../../../src/plan/ty
 import { writeTape } from "../../../src/plan/write-tape.js";
 import { resolveModel } from "../../../src/train/model-source.js";
 import { random, randomModel } from "../../support/random-models.js";
+import { policies } from "./random-policies.js";
 
 type Exchange = Extract<Instruction, { op: "send" | "receive" }>;
 
@@ -141,6 +143,35 @@ describe("the tapes of ranks", () => {
         plant(t, all[Math.floor(next() * all.length)]![0]);
         expect(refusal(tapes, rule), `${name}, ${k}`).not.toBe("");
       }
+  });
+
+  it.each(kinds)(
+    "%s, %s, update %s: never wait for each other, however many micro-batches there are",
+    (rule, schedule, update) => {
+      for (const microBatches of [8, 12, 32]) {
+        const ranks = microBatches % 3 === 0 ? 3 : 2;
+        expect(refusal(tapesOf(ranks, rule, schedule, update, microBatches), rule), `${microBatches}`).toBe("");
+      }
+    },
+  );
+
+  it("never wait for each other whatever is where, over 40 random policies of many micro-batches", () => {
+    fc.assert(
+      fc.property(policies, fc.integer({ min: 9, max: 32 }), fc.integer({ min: 2, max: 4 }), (policy, M, ranks) => {
+        const of = assignStages(graph, ranks);
+        const boundary = policy.boundary === "slot" ? "device" : policy.boundary;
+        const plans = Array.from({ length: ranks }, (_, rank) =>
+          writeTape(graph, { ...policy, dims, boundary, microBatches: M, stages: { rank, ranks, of } }),
+        );
+        const flushes = plans.flatMap((p) => (p.flush === null ? [] : [p.flush]));
+        checkRanks(
+          graph,
+          plans.map((p) => p.step),
+          flushes.length > 0 ? flushes : undefined,
+        );
+      }),
+      { numRuns: 40, seed: 11 },
+    );
   });
 
   it("have the bubble of their schedule: (R - 1) / (M + R - 1), and M doubled interleaved", () => {
