@@ -382,6 +382,10 @@ struct Attempt {
   std::shared_ptr<Watch> watch = std::make_shared<Watch>();
   std::shared_ptr<Ranks> joined;
   std::exception_ptr error;
+  std::string watch_lost() const {
+    const std::lock_guard lock(watch->mutex);
+    return watch->lost;
+  }
 };
 
 // Why it is of no use to wait for a joining any longer; empty: it is.
@@ -394,6 +398,20 @@ std::string hopeless(const RankSpec& spec, Watch& watch, Clock::time_point deadl
   if (Clock::now() <= deadline) return {};
   return "[ranks] the store at " + spec.address + ":" + std::to_string(spec.port) + " does not answer rank " +
          std::to_string(spec.rank) + ". Check that rank 0 runs, and the way to its machine";
+}
+
+// The store answers, so that the others may hear why; who serves it gives them the time.
+void tell_unconnected(const RankSpec& spec, Watch& watch, const std::string& why) {
+  {
+    const std::lock_guard lock(watch.mutex);
+    if (watch.connecting.empty() || !watch.lost.empty()) return;
+  }
+  try {
+    watch.store->set("last/" + std::to_string(spec.rank), bytes_of(why));
+    if (serves(spec)) std::this_thread::sleep_for(4 * kBeat);
+  } catch (const std::exception&) {
+    // It does not, and that is what they see.
+  }
 }
 
 }  // namespace
@@ -425,13 +443,16 @@ std::shared_ptr<Ranks> Ranks::join(const RankSpec& spec) {
   std::unique_lock lock(attempt->mutex);
   while (!attempt->ended.wait_for(lock, milliseconds(50), [&] { return attempt->over; })) {
     why = hopeless(spec, *attempt->watch, deadline);
-    if (!why.empty() || Clock::now() > patience) break;
-    if (spec.cancelled && *spec.cancelled && patience == Clock::time_point::max())
+    const bool known = !attempt->watch_lost().empty();
+    if ((!why.empty() && !known) || Clock::now() > patience) break;
+    // The joining may be about to end by itself: it tells the others why first.
+    if ((known || (spec.cancelled && *spec.cancelled)) && patience == Clock::time_point::max())
       patience = Clock::now() + std::chrono::seconds(3);
   }
   const bool over = attempt->over;
   lock.unlock();
   if (!over) {
+    tell_unconnected(spec, *attempt->watch, why);
     attempt->watch->lose(why);
     thread.detach();
     unless_cancelled(spec, "while it joined the others");
