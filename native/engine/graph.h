@@ -132,8 +132,8 @@ struct StateFormat {
 };
 
 // Blocks, micro-batches and rows over ranks. A stage's members run the same blocks and add up their gradients; each
-// `context` of them, neighbours, share the rows of micro-batches that are theirs alone; state is cut over `shards` of them.
-// rank = (stage * replicas + replica) * shards + shard.
+// `context` of them, neighbours, share the rows of micro-batches that are theirs alone; state is cut over `shards` of
+// them. rank = (stage * replicas + replica) * shards + shard.
 struct Stages {
   int rank = 0, ranks = 1;
   std::vector<int> of;  // by block: its stage
@@ -147,9 +147,7 @@ struct Stages {
   int peer(int member) const { return stage() * members() + member; }
   int counterpart(int stage) const { return stage * members() + member(); }
   bool is_mine(size_t block) const { return of[block] == stage(); }
-  bool runs(int micro_batch, int by) const {
-    return micro_batch % (members() / context) == by % members() / context;
-  }
+  bool runs(int micro_batch, int by) const { return micro_batch % (members() / context) == by % members() / context; }
   bool runs(int micro_batch) const { return runs(micro_batch, rank); }
   // The ranks that share rows with this one, in the order of their shares.
   std::vector<int> context_group() const {
@@ -196,9 +194,8 @@ struct Instruction {
   int block = -1, micro_batch = -1;
   std::vector<int> params, in, out, d_out, d_in;
   std::vector<char> add;
-  std::vector<int>
-      sums;  // of a pass: one; of norm, pack and update: by user (update from retained: the retained place); with shards
-             // of those: what is reduced; of partial: by user; of reduce: its parts
+  std::vector<int> sums;  // of a pass: one; of norm, pack and update: by user (update from retained: the retained
+                          // place); with shards of those: what is reduced; of partial: by user; of reduce: its parts
   int from = -1, to = -1;
   int param = -1, state = -1;
   bool retained = false;

@@ -13,8 +13,8 @@ constexpr int64_t kLeastQuantized = 4096;
 
 constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-// An owned tensor, or what a shard has of it. Offsets into param are in elements, into state in bytes; -1 where the format
-// has no such part.
+// An owned tensor, or what a shard has of it. Offsets into param are in elements, into state in bytes; -1 where the
+// format has no such part.
 struct TensorLayout {
   int parameter;
   int64_t elements, room;
@@ -33,12 +33,10 @@ struct Range {
 struct BlockLayout {
   std::vector<TensorLayout> trainable, frozen;
   std::vector<TensorLayout> owned;  // whole, trainable ones first: where tensors lie in compute and in partial
-  std::vector<int64_t> sums;  // by index among the block's parameters: element offset, -1 for a frozen one
-  int64_t each = 0;           // elements of a shard
-  Range all, trained;         // elements of all owned tensors, of the trainable ones
-  Range shard(const Range& of, int k) const {
-    return {std::min(k * each, of.end), std::min((k + 1) * each, of.end)};
-  }
+  std::vector<int64_t> sums;        // by index among the block's parameters: element offset, -1 for a frozen one
+  int64_t each = 0;                 // elements of a shard
+  Range all, trained;               // elements of all owned tensors, of the trainable ones
+  Range shard(const Range& of, int k) const { return {std::min(k * each, of.end), std::min((k + 1) * each, of.end)}; }
   int64_t param_bytes = 0, compute_bytes = 0, state_bytes = 0, sums_bytes = 0;
 };
 

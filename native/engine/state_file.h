@@ -27,8 +27,8 @@ class Snapshot {
   // header, then the entries at their offsets (ascending, gaps are zeros), then fsync. On failure the file is removed.
   // Throws DISK_FULL, CHECKPOINT. Any thread when copied, else the session's.
   Written write(const std::string& path, const std::string& header, const std::vector<FileEntry>& entries) const;
-  // The same into a file that several ranks write at once, each its own ranges and one the header; returns its bytes. Who
-  // has all that was written hashes it.
+  // The same into a file that several ranks write at once, each its own ranges and one the header; returns its bytes.
+  // Who has all that was written hashes it.
   int64_t write_parts(const std::string& path, const std::string& header, const std::vector<FileEntry>& entries) const;
 
  private:

@@ -20,7 +20,7 @@ struct Executor::Step {
   std::vector<std::vector<std::optional<double>>> losses;  // by loss term, micro-batch
   // By parameter; undefined where untouched: of what this rank holds, and once the ranks have exchanged them of all.
   std::vector<at::Tensor> own_norms, norms;
-  Pending next;                                            // what this step will leave
+  Pending next;  // what this step will leave
   double coefficient = 1;
   Ranks::Gathering reported;  // what this rank has told the others, and waits to hear of them
   bool agreed = false;        // the ranks know each other's losses and failures

@@ -53,7 +53,8 @@ void Executor::cast(Step& step, const Instruction& at) {
 // Whether a micro-batch of this rank reached the parameter. Which ones are reached is the graph's doing, so it is the
 // same on all members of a stage.
 bool Executor::reached(const Step& step, const Parameter& p) const {
-  return std::any_of(p.uses.begin(), p.uses.end(), [&](const auto& use) { return step.touched[use.first][use.second]; });
+  return std::any_of(p.uses.begin(), p.uses.end(),
+                     [&](const auto& use) { return step.touched[use.first][use.second]; });
 }
 
 // The gradient of this rank's micro-batches, as wide as it travels. In place where sums have its layout.
