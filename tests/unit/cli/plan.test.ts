@@ -78,15 +78,16 @@ describe("stroma plan", () => {
     const size = { "sequence-length": 1024, "gradient-accumulation-steps": 16 };
     const two = given({ devices: 2, "device-memory": "24GB", "host-memory": "64GB", profile: "a5000", ...size });
     const text = plan({ ...two, shards: 1 }, null);
-    expect(text).toMatch(/^2 cards, alternating stages: /m);
+    // Of a model this small two stretches a card cost the least: fewer boundaries cross than dealt out in turn.
+    expect(text).toMatch(/^2 cards, interleaved stages: /m);
     expect(text).toMatch(/^where +card 0 +card 1/m);
     expect(text).toMatch(/^between {3}.* from card to card a step, at 4 GB\/s each way \(assumed\)$/m);
     expect(text).toMatch(/^rank 1 .* bubble [\d.]+ %$/m);
-    expect(text).toMatch(/Not taken:\n {2}contiguous stages: [\s\S]*\n {2}one card\n/);
+    expect(text).toMatch(/Not taken:\n {2}alternating stages: [\s\S]*\n {2}contiguous stages: [\s\S]*\n {2}one card\n/);
     // A model this small crosses between cards sooner than its boundaries do.
     const free = plan(two, null);
     expect(free).toMatch(/^2 cards, sharded: /m);
-    expect(free).toMatch(/Not taken:\n {2}alternating stages: /);
+    expect(free).toMatch(/Not taken:\n {2}interleaved stages: [\s\S]*\n {2}alternating stages: /);
     const report = JSON.parse(plan({ ...two, json: true }, null)) as RanksReport;
     expect(report).toMatchObject({ fits: true, devices: 2, shards: 2 });
     expect(report.perRank.map((r) => r.rank)).toEqual([0, 1]);
