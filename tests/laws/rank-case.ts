@@ -28,6 +28,24 @@ export async function joinAll(native: NativeAddon, size: number, silenceSeconds 
   return Promise.all([...Array(size).keys()].map((rank) => native.joinRanks({ ...spec, rank })));
 }
 
+/** Ranks by their number, joined when they are first asked for. */
+export class RankGroups {
+  readonly #groups = new Map<number, NativeRanks[]>();
+  constructor(private readonly native: NativeAddon | null) {}
+
+  async of(size: number): Promise<NativeRanks[]> {
+    let ranks = this.#groups.get(size);
+    if (ranks === undefined) {
+      ranks = await joinAll(this.native!, size);
+      this.#groups.set(size, ranks);
+    }
+    return ranks;
+  }
+  async leave(): Promise<void> {
+    for (const ranks of this.#groups.values()) await Promise.all(ranks.map((r) => r.leave()));
+  }
+}
+
 interface Part {
   key: string;
   /** Bytes of the whole tensor; where this part begins in it. */

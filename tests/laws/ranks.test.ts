@@ -8,20 +8,19 @@ import { join } from "node:path";
 import { afterAll, describe, expect, it } from "vitest";
 import { ownersOf } from "../../src/plan/layout.js";
 import { isContiguous } from "../../src/plan/stages.js";
-import type { NativeRanks } from "../../src/train/native-session.js";
 import { nativeOrSkip } from "../support/native.js";
 import { random } from "../support/random-models.js";
 import { lawCase } from "./offload-case.js";
-import { interleavedStages, joinAll, randomStages, trainRanks } from "./rank-case.js";
+import { interleavedStages, RankGroups, randomStages, trainRanks } from "./rank-case.js";
 import { differences, randomPolicy, sessionOptions, trainResident } from "./trial.js";
 
 const native = nativeOrSkip();
 const cases = Number(process.env.STROMA_CASES ?? 60);
 const firstSeed = Number(process.env.STROMA_SEED ?? 1);
 const folder = mkdtempSync(join(tmpdir(), "stroma-ranks-"));
-const groups = new Map<number, NativeRanks[]>();
+const groups = new RankGroups(native);
 afterAll(async () => {
-  for (const ranks of groups.values()) await Promise.all(ranks.map((r) => r.leave()));
+  await groups.leave();
   rmSync(folder, { recursive: true, force: true });
 });
 
@@ -42,11 +41,7 @@ describe.skipIf(!native)("any number of ranks gives the same numbers", () => {
       if (next() < 0.4 && turns !== null) of = turns;
       const stages = { rank: 0, ranks: size, of };
       if (next() < 0.6 && (of === turns || isContiguous(c.graph, stages))) policy.schedule = "oneForwardOneBackward";
-      let ranks = groups.get(size);
-      if (ranks === undefined) {
-        ranks = await joinAll(native!, size);
-        groups.set(size, ranks);
-      }
+      const ranks = await groups.of(size);
       const options = sessionOptions(c, {
         device: "sim",
         diskFolder: folder,

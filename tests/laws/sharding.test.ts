@@ -12,27 +12,19 @@ import type { NativeRanks, SessionOptions } from "../../src/train/native-session
 import { nativeOrSkip } from "../support/native.js";
 import { random } from "../support/random-models.js";
 import { type LawCase, lawCase, pick } from "./offload-case.js";
-import { joinAll, randomStages, trainRanks } from "./rank-case.js";
+import { RankGroups, randomStages, trainRanks } from "./rank-case.js";
 import { differences, randomPolicy, sessionOptions, trainResident } from "./trial.js";
 
 const native = nativeOrSkip();
 const cases = Number(process.env.STROMA_CASES ?? 40);
 const firstSeed = Number(process.env.STROMA_SEED ?? 1);
 const folder = mkdtempSync(join(tmpdir(), "stroma-shards-"));
-const groups = new Map<number, NativeRanks[]>();
+const groups = new RankGroups(native);
+const ranksOf = (size: number): Promise<NativeRanks[]> => groups.of(size);
 afterAll(async () => {
-  for (const ranks of groups.values()) await Promise.all(ranks.map((r) => r.leave()));
+  await groups.leave();
   rmSync(folder, { recursive: true, force: true });
 });
-
-async function ranksOf(size: number): Promise<NativeRanks[]> {
-  let ranks = groups.get(size);
-  if (ranks === undefined) {
-    ranks = await joinAll(native!, size);
-    groups.set(size, ranks);
-  }
-  return ranks;
-}
 
 const simulated = (c: LawCase): SessionOptions =>
   sessionOptions(c, {
