@@ -7,13 +7,16 @@
  * setting that offloading is for: bfloat16 parameters without masters, 8-bit moments, 32 micro-batches of 512 tokens. A
  * parameter then crosses in 2 bytes forward and 4.03 backward against 2 and 6 operations a token, so a 4090's link (24 GB/s
  * at 155 TFLOP/s) is hidden from 6,500 tokens a step on; these are 16,384. The model is small for the time that takes here, and
- * mostly layers, as large ones are. Depth-first beside it: its weights cross the link for every micro-batch. `card`: what the
- * planner expects of astro-13b on a 4090 in the same setting.
+ * mostly layers, as large ones are. Boundaries stay on the device: a boundary's bytes over a layer's operations fall as 1 / dim,
+ * and at 256 float32 values a token their way alone takes four times as long as the layer's forward (at astro-13b's 5,120 bfloat16
+ * ones a seventh of it; --linked-boundary host shows it). Depth-first beside it: its weights cross the link for every micro-batch.
+ * `card`: what the planner expects of astro-13b on a 4090 in the same setting, its boundaries on the host.
  *
  * A SimDevice's copies take processor time from the passes, which a card's do not.
  *
  *   npm run bench -- offload [--model 100m] [--tokens 64] [--accumulation 16] [--steps 3]
- *                            [--linked-tokens 512] [--linked-accumulation 32] [--linked-steps 2] [--json]
+ *                            [--linked-tokens 512] [--linked-accumulation 32] [--linked-steps 2]
+ *                            [--linked-boundary device|host] [--json]
  */
 import { parseArgs } from "node:util";
 import { traceModel } from "../src/graph/index.js";
@@ -47,6 +50,7 @@ const { values } = parseArgs({
     "linked-tokens": { type: "string", default: "512" },
     "linked-accumulation": { type: "string", default: "32" },
     "linked-steps": { type: "string", default: "2" },
+    "linked-boundary": { type: "string", default: "device" },
     json: { type: "boolean", default: false },
   },
 });
@@ -59,9 +63,15 @@ interface Setting {
   T: number;
   microBatches: number;
   rounds: number;
+  /** Of boundaries, where parameters are on the host. */
+  boundary: "device" | "host";
 }
 
-const policy = (schedule: Schedule, home: "device" | "host", { state, T, microBatches }: Setting): Policy => ({
+const policy = (
+  schedule: Schedule,
+  home: "device" | "host",
+  { state, T, microBatches, boundary }: Setting,
+): Policy => ({
   schedule,
   recompute: "all",
   update: schedule === "depthFirst" ? "end" : "backward",
@@ -71,7 +81,7 @@ const policy = (schedule: Schedule, home: "device" | "host", { state, T, microBa
   dims: { B: 1, T },
   param: home,
   optimizer: home,
-  boundary: home,
+  boundary: home === "host" ? boundary : home,
   retained: "device",
   retainedDType: "float32",
   prefetch: home === "host" ? 1 : 0,
@@ -124,7 +134,7 @@ function expectedOfCard({
   microBatches,
 }: Setting): Pick<Record<Schedule, number>, "breadthFirst" | "depthFirst"> {
   const graph = findModel("astro-13b").graph({ mode: "train", dtype: "bfloat16" });
-  const setting = { graph, vocabSize: 0, state, T, microBatches, rounds: 0 };
+  const setting = { graph, vocabSize: 0, state, T, microBatches, rounds: 0, boundary: "host" } as const;
   const seconds = (schedule: Schedule, home: "device" | "host"): number =>
     simulate(graph, writeTape(graph, policy(schedule, home, setting)).step, CARD).seconds;
   const resident = seconds("breadthFirst", "device");
@@ -142,6 +152,7 @@ const plainSetting: Setting = {
   T: Number(values.tokens),
   microBatches: Number(values.accumulation),
   rounds: Number(values.steps),
+  boundary: "host",
 };
 const config = decoderConfig({ vocabSize: 512, dim: 256, layers: 6, heads: 4, kvHeads: 2, ffn: 768 });
 const linkedSetting: Setting = {
@@ -151,6 +162,7 @@ const linkedSetting: Setting = {
   T: Number(values["linked-tokens"]),
   microBatches: Number(values["linked-accumulation"]),
   rounds: Number(values["linked-steps"]),
+  boundary: values["linked-boundary"] === "host" ? "host" : "device",
 };
 const card = expectedOfCard(linkedSetting);
 const plain = await compare(plainSetting, unthrottled, false);
@@ -170,6 +182,7 @@ const result = {
     tokens: T,
     accumulation: microBatches,
     state: eightBitState,
+    boundary: linkedSetting.boundary,
     flops,
     link,
     ...linked,
