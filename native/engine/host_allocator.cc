@@ -10,12 +10,13 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
+#include <deque>
 #include <fstream>
+#include <list>
 #include <map>
 #include <mutex>
 #include <string>
 #include <unordered_map>
-#include <vector>
 
 namespace stroma::engine {
 namespace {
@@ -134,12 +135,12 @@ class HostAllocator final : public c10::Allocator {
   void* take(size_t size) {
     {
       const std::lock_guard lock(mutex_);
-      const auto it = free_.find(size);
-      if (it != free_.end() && !it->second.empty()) {
-        void* data = it->second.back();
+      const auto it = by_size_.find(size);
+      if (it != by_size_.end()) {
+        const auto last = it->second.back();
         it->second.pop_back();
-        cached_ -= static_cast<int64_t>(size);
-        return data;
+        if (it->second.empty()) by_size_.erase(it);
+        return uncache(last);
       }
     }
     void* data = map(size);
@@ -178,13 +179,19 @@ class HostAllocator final : public c10::Allocator {
     used_.erase(it);
     leave(account, size);
     live_ -= static_cast<int64_t>(size);
-    // What is cached may not outgrow what was ever needed at once: shapes that come and go must not pile up.
-    if (cached_ + live_ + static_cast<int64_t>(size) > peak_ever()) {
-      munmap(data, size);
-      return;
-    }
-    free_[size].push_back(data);
+    free_.push_back({size, data});
+    by_size_[size].push_back(std::prev(free_.end()));
     cached_ += static_cast<int64_t>(size);
+    // What is cached may not outgrow what was ever needed at once. The oldest goes: shapes that are gone must not keep
+    // those that come now from being kept.
+    while (cached_ + live_ > peak_ever()) {
+      const auto oldest = free_.begin();
+      const size_t n = oldest->size;
+      const auto same = by_size_.find(n);
+      same->second.pop_front();
+      if (same->second.empty()) by_size_.erase(same);
+      munmap(uncache(oldest), n);
+    }
   }
 
   int64_t peak_ever() {
@@ -193,9 +200,9 @@ class HostAllocator final : public c10::Allocator {
   }
 
   void trim_locked() {
-    for (auto& [size, blocks] : free_)
-      for (void* data : blocks) munmap(data, size);
+    for (const auto& [size, data] : free_) munmap(data, size);
     free_.clear();
+    by_size_.clear();
     cached_ = 0;
     highest_ = live_;
   }
@@ -208,9 +215,22 @@ class HostAllocator final : public c10::Allocator {
     size_t size;
     Account* account;
   };
+  struct Free {
+    size_t size;
+    void* data;
+  };
+
+  void* uncache(std::list<Free>::iterator block) {
+    void* data = block->data;
+    cached_ -= static_cast<int64_t>(block->size);
+    free_.erase(block);
+    return data;
+  }
+
   mutable std::mutex mutex_;
-  std::unordered_map<void*, Used> used_;       // large blocks
-  std::map<size_t, std::vector<void*>> free_;  // large blocks kept, by size
+  std::unordered_map<void*, Used> used_;                             // large blocks
+  std::list<Free> free_;                                             // large blocks kept, the oldest first
+  std::map<size_t, std::deque<std::list<Free>::iterator>> by_size_;  // the same, of each size the oldest first
   std::atomic<int64_t> live_{0}, peak_{0}, cached_{0};
   int64_t highest_ = 0;
   const size_t limit_ = machine_bytes();

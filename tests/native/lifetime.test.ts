@@ -57,6 +57,19 @@ describe.skipIf(!hasNative())("lifetime", () => {
     });
   });
 
+  it("reuses the memory of what came last, also after other sizes filled the cache", () => {
+    const faults = (elements: number): number => {
+      const before = process.resourceUsage().minorPageFault;
+      // 100 at once, each too small for a huge page.
+      scope(() => void Array.from({ length: 100 }, () => ops.zeros([elements])));
+      return process.resourceUsage().minorPageFault - before;
+    };
+    faults(250_000);
+    const first = faults(210_000);
+    const again = Math.min(faults(210_000), faults(210_000));
+    expect(again).toBeLessThan(first / 10);
+  });
+
   it("lets what a scope returns escape, through nested scopes, and keeps what keep() was given", () => {
     const before = liveTensors();
     let kept: Tensor | undefined;
