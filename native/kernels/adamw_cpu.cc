@@ -66,6 +66,19 @@ STROMA_INLINE void update_block(const AdamWStep<float>& s, const float* __restri
   most[1] = most2;
 }
 
+// What a block some way ahead reads: bursts of five streams are not what prefetchers of processors are made for.
+STROMA_INLINE void prefetch_block(const float* g, const float* p, const uint8_t* code1, const uint8_t* code2) {
+  constexpr int64_t kLine = 64, kAhead = 4 * kQuantBlock, kBytes = kQuantBlock * sizeof(float);
+  const auto lines = [](const void* from, int64_t bytes, auto intent) {
+    for (int64_t at = 0; at < bytes; at += kLine)
+      __builtin_prefetch(static_cast<const char*>(from) + at, decltype(intent)::value);
+  };
+  lines(g + kAhead, kBytes, std::integral_constant<int, 0>());
+  lines(p + kAhead, kBytes, std::integral_constant<int, 1>());
+  lines(code1 + kAhead, kQuantBlock, std::integral_constant<int, 1>());
+  lines(code2 + kAhead, kQuantBlock, std::integral_constant<int, 1>());
+}
+
 template <bool FromMoment>
 STROMA_INLINE void update_blocks(const AdamWStep<float>& s, const QuantizedMaps& maps, const float* g, float* p,
                                  uint8_t* code1, uint8_t* code2, float* absmax1, float* absmax2, int64_t blocks) {
@@ -76,6 +89,7 @@ STROMA_INLINE void update_blocks(const AdamWStep<float>& s, const QuantizedMaps&
     const int64_t i = b * kQuantBlock, next = std::min(b + 1, blocks - 1), j = next * kQuantBlock;
     float *m_b = m[b % 2], *v_b = v[b % 2];
     int32_t most[2];
+    prefetch_block(g + i, p + i, code1 + i, code2 + i);
     update_block<FromMoment>(s, g + i, p + i, m_b, v_b, most, maps.value1, code1 + j, absmax1[next], m[(b + 1) % 2],
                              maps.value2, code2 + j, absmax2[next], v[(b + 1) % 2]);
     encode_block<true>(maps.entry1, m_b, most[0], absmax1 + b, code1 + i);
