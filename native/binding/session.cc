@@ -235,8 +235,6 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
     if (options.has("context")) spec.context = options.integers("context");
     if (!spec.context.empty() && !spec.ranks)
       throw CodedError("CONFIG", "[session] options.context is for a session with options.ranks");
-    if (!spec.context.empty() && is_cuda)
-      throw CodedError("CONFIG", "[session] options.context: ranks share rows over Gloo, on processors alone");
     core_ = std::make_shared<Core>();
     core_->executor = std::make_unique<engine::Executor>(spec);
     lane_ = std::make_shared<Lane>(

@@ -1,18 +1,23 @@
 #include "engine/rank_group.h"
 
+#include <ATen/ops/empty_like.h>
+
 #include <atomic>
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
+#include <utility>
 
 namespace stroma::engine {
 namespace {
 
 class WatchedWork final : public c10d::Work {
  public:
-  WatchedWork(c10::intrusive_ptr<c10d::Work> work, int rank, RankGroup::Wait wait)
-      : work_(std::move(work)), peer_(rank), wait_(std::move(wait)) {}
+  // then: what is left to do on the waiting thread once the bytes are there.
+  WatchedWork(c10::intrusive_ptr<c10d::Work> work, int rank, RankGroup::Wait wait, std::function<void()> then)
+      : work_(std::move(work)), peer_(rank), wait_(std::move(wait)), then_(std::move(then)) {}
   // Whoever is alive is waited for, however long its own work takes: the ranks' heartbeats are the timeout.
   bool wait(std::chrono::milliseconds) override {
     wait_(*work_, peer_);
+    if (then_) std::exchange(then_, nullptr)();
     return true;
   }
   void abort() override { work_->abort(); }
@@ -22,8 +27,11 @@ class WatchedWork final : public c10d::Work {
   c10::intrusive_ptr<c10d::Work> work_;
   int peer_;
   RankGroup::Wait wait_;
+  std::function<void()> then_;
 };
 
+// Gloo moves host memory: what lies on a card goes through the host. The copies are of the current stream, and the host
+// waits for them, so a pass sees its keys and values in order.
 class WatchedGloo final : public c10d::Backend {
  public:
   WatchedGloo(c10::intrusive_ptr<c10d::ProcessGroupGloo> gloo, std::vector<int> members, RankGroup::Wait wait,
@@ -37,18 +45,35 @@ class WatchedGloo final : public c10d::Backend {
   const std::string getBackendName() const override { return "gloo, watched"; }
 
   c10::intrusive_ptr<c10d::Work> send(std::vector<at::Tensor>& tensors, int to, int tag) override {
-    return begin(to, [&] { return gloo_->send(tensors, to, tag); });
+    std::vector<at::Tensor> host = on_host(tensors);
+    for (size_t i = 0; i < tensors.size(); ++i)
+      if (!host[i].is_same(tensors[i])) host[i].copy_(tensors[i]);
+    // The transfer's end keeps what it reads.
+    return begin(to, [&] { return gloo_->send(host, to, tag); }, [host] {});
   }
   c10::intrusive_ptr<c10d::Work> recv(std::vector<at::Tensor>& tensors, int from, int tag) override {
-    return begin(from, [&] { return gloo_->recv(tensors, from, tag); });
+    std::vector<at::Tensor> host = on_host(tensors);
+    return begin(
+        from, [&] { return gloo_->recv(host, from, tag); },
+        [host, tensors] {
+          for (size_t i = 0; i < tensors.size(); ++i)
+            if (!host[i].is_same(tensors[i])) tensors[i].copy_(host[i]);
+        });
   }
 
  private:
+  static std::vector<at::Tensor> on_host(const std::vector<at::Tensor>& tensors) {
+    std::vector<at::Tensor> host;
+    for (const at::Tensor& t : tensors)
+      host.push_back(t.is_cpu() ? t : at::empty_like(t, t.options().device(at::kCPU)));
+    return host;
+  }
+
   template <class Post>
-  c10::intrusive_ptr<c10d::Work> begin(int peer, Post post) {
+  c10::intrusive_ptr<c10d::Work> begin(int peer, Post post, std::function<void()> then) {
     const int rank = members_.at(peer);
     try {
-      return c10::make_intrusive<WatchedWork>(post(), rank, wait_);
+      return c10::make_intrusive<WatchedWork>(post(), rank, wait_, std::move(then));
     } catch (const std::exception& error) {
       lose_(rank, error.what());
       throw;
@@ -70,8 +95,9 @@ RankGroup::RankGroup(const c10::intrusive_ptr<c10d::Store>& store,
   static std::atomic<int64_t> made{0};
   name_ = "stroma/" + std::to_string(made++);
   group_ = c10::make_intrusive<c10d::ProcessGroup>(store, gloo->getRank(), gloo->getSize());
-  group_->setBackend(c10::DeviceType::CPU, BackendType::CUSTOM,
-                     c10::make_intrusive<WatchedGloo>(gloo, members, std::move(wait), std::move(lose)));
+  const auto backend = c10::make_intrusive<WatchedGloo>(gloo, members, std::move(wait), std::move(lose));
+  for (const auto device : {c10::DeviceType::CPU, c10::DeviceType::CUDA})
+    group_->setBackend(device, BackendType::CUSTOM, backend);
   group_->setDefaultBackend(BackendType::CUSTOM);
   group_->setGroupName(name_);
   c10d::register_process_group(name_, group_);

@@ -1,5 +1,5 @@
 // A c10d process group over some of the ranks, for operators that find theirs by name (kernels/ring_attention.h):
-// Gloo's own, but every wait ends when a rank is lost.
+// Gloo's own, but every wait ends when a rank is lost, and tensors on a card go through the host.
 #pragma once
 #define USE_C10D_GLOO
 #include <functional>
