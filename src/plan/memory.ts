@@ -86,6 +86,10 @@ function walk(program: SizedProgram, device: MemoryDevice, unit: number, kept?: 
   return { forward, backward, keepingForward: cutting.heap.peak, kept: results, keptBackward: replay.heap.peak };
 }
 
+/** What the allocator gives for a tensor of so many bytes. */
+export const allocated = (bytes: number, unit = UNIT): number =>
+  bytes < unit ? bytes : Math.ceil(bytes / unit) * unit;
+
 interface Storage {
   bytes: number;
   references: number;
@@ -96,11 +100,8 @@ class Heap {
   peak = 0;
   constructor(private readonly unit: number) {}
 
-  private rounded(bytes: number): number {
-    return bytes < this.unit ? bytes : Math.ceil(bytes / this.unit) * this.unit;
-  }
   allocate(bytes: number): Storage {
-    const size = this.rounded(bytes);
+    const size = allocated(bytes, this.unit);
     this.live += size;
     this.peak = Math.max(this.peak, this.live);
     return { bytes: size, references: 1 };
@@ -114,7 +115,7 @@ class Heap {
   }
   /** Bytes that come and go beside what is live. */
   pass(bytes: number): void {
-    this.peak = Math.max(this.peak, this.live + this.rounded(bytes));
+    this.peak = Math.max(this.peak, this.live + allocated(bytes, this.unit));
   }
 }
 

@@ -6,7 +6,7 @@ import { evaluate } from "../graph/dims.js";
 import type { Dim, DType, Graph } from "../graph/types.js";
 import { dtypeBytes } from "../graph/value.js";
 import { type Cost, CostModel } from "./cost.js";
-import { passWorkspace } from "./memory.js";
+import { allocated, passWorkspace } from "./memory.js";
 import type { MachineProfile } from "./profiles.js";
 import type { Queue, Tape } from "./types.js";
 import { lineOf, queueOf } from "./waits.js";
@@ -159,10 +159,13 @@ export function tapePeaks(
   };
 }
 
-/** Boundaries in slots: a slot holds its tensor until another is written there. */
+/**
+ * Boundaries in slots: a slot holds its tensor until another is written there. What a forward gives that keeps its graph is
+ * held by both, and counts as the slot's only from its backward on.
+ */
 class SlotSizes {
   live = 0;
-  private readonly held: number[] = [];
+  private readonly held: { bytes: number; keptBy: string | null }[] = [];
 
   constructor(
     private readonly graph: Graph,
@@ -172,14 +175,23 @@ class SlotSizes {
 
   write(at: Extract<Tape["instructions"][number], { op: "forward" | "turn" | "backward" }>): void {
     const program = this.graph.programs[this.graph.blocks[at.block]!.program]!;
+    const pass = `${at.block} ${at.microBatch}`;
+    const keptBy = at.op === "forward" && at.keep && this.tape.recompute === "none" ? pass : null;
     const into = at.op === "forward" ? at.out : at.dIn;
     const specs = at.op === "forward" ? program.outputs : program.inputs;
+    if (at.op === "backward")
+      for (const slot of this.held.filter((s) => s?.keptBy === pass)) {
+        slot.keptBy = null;
+        this.live += slot.bytes;
+      }
     for (const [i, p] of into.entries()) {
       const place = p < 0 ? undefined : this.tape.places[p];
       if (place?.space !== "slot") continue;
-      const bytes = sizeOf(specs[i]!, this.dims);
-      this.live += bytes - (this.held[place.offset] ?? 0);
-      this.held[place.offset] = bytes;
+      const before = this.held[place.offset];
+      if (before?.keptBy === null) this.live -= before.bytes;
+      const bytes = allocated(sizeOf(specs[i]!, this.dims));
+      this.held[place.offset] = { bytes, keptBy };
+      if (keptBy === null) this.live += bytes;
     }
   }
 }
