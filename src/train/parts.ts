@@ -1,6 +1,7 @@
 /** What a Trainer is put together from. The defaults are the real ones; tests of the loop itself bring their own. */
 import type { DatasetOptions } from "../data/index.js";
 import type { Dataset } from "../data/types.js";
+import { chooseDevice } from "../device.js";
 import { type TransportFacts, transportFacts } from "../distributed/transport.js";
 import { StromaError } from "../errors.js";
 import type { ContextOptions } from "../graph/context.js";
@@ -8,7 +9,7 @@ import type { BatchInput, Graph } from "../graph/types.js";
 import type { ComputeDType } from "./compute-dtype.js";
 import { type ModelSpec, type ResolvedModel, resolveModel } from "./model-source.js";
 import type { Batch, HostTensor, NativeRanks, NativeSession, RankSpec, SessionOptions } from "./native-session.js";
-import type { SettledOptions } from "./options.js";
+import type { ChooseDevice, SettledOptions } from "./options.js";
 import type { TrainingPlan } from "./plan.js";
 
 export interface Parts {
@@ -18,6 +19,7 @@ export interface Parts {
   libtorchVersion(): Promise<string>;
   openDataset(spec: string | DatasetOptions): Promise<Dataset>;
   resolveModel(spec: ModelSpec): ResolvedModel;
+  chooseDevice: ChooseDevice;
   computeDType(device: SessionOptions["device"]): Promise<ComputeDType>;
   plan(graph: Graph, options: SettledOptions): Promise<TrainingPlan>;
   context(graph: Graph, options: SettledOptions): Promise<ContextOptions | null>;
@@ -32,6 +34,7 @@ export const realParts: Parts = {
   libtorchVersion: async () => (await import("../native.js")).currentBuild().libtorch.version,
   openDataset: async (spec) => (await import("../data/index.js")).openDataset(spec),
   resolveModel,
+  chooseDevice,
   computeDType: async (device) => (await import("./compute-dtype.js")).chooseComputeDType(device),
   plan: async (graph, options) => (await import("./plan.js")).planTraining(graph, options),
   context: async (graph, options) => (await import("./plan.js")).contextFor(graph, options),

@@ -36,6 +36,7 @@ export function fakeParts(faults: FakeFaults = {}, vocabulary = LETTERS.length):
       graph: (mode) => bigramGraph(vocabulary, mode),
       huggingFaceConfig: { model_type: "bigram" },
     }),
+    chooseDevice: (asked) => ({ device: asked === "auto" || asked === "cuda" ? "cpu" : asked, why: null }),
     computeDType: async () => ({ dtype: "float32", why: "nothing is computed here" }),
     context: async () => null,
     plan: async (graph, o) => {
