@@ -175,6 +175,7 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
                          device.find_first_not_of("0123456789", 5) == std::string::npos;
     if (device != "cpu" && device != "sim" && !is_cuda)
       throw CodedError("INVALID_ARGUMENT", "[session] expected device cpu, sim or cuda:N, got " + device);
+    spec.reads_late = device != "cpu";
     if (is_cuda) spec.device = at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(std::stoi(device.substr(5))));
     threads_ = static_cast<int>(options.integer("threads"));
     if (threads_ < 0) throw CodedError("INVALID_ARGUMENT", "[session] expected threads >= 0 (0: all)");
@@ -372,6 +373,7 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
       skipped.Set(static_cast<uint32_t>(i), result.skipped_blocks[i]);
     out.Set("skippedBlocks", skipped);
     if (result.profile.has_value()) out.Set("profile", encode_profile(env, result));
+    out.Set("newDeviceSegments", static_cast<double>(result.new_segments));
     out.Set("peakDeviceBytes", static_cast<double>(result.peak_device_bytes));
     out.Set("peakHostBytes", static_cast<double>(result.peak_host_bytes));
     return out;

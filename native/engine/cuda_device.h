@@ -21,8 +21,11 @@ at::Tensor pinned_bytes(int64_t bytes);
 void transfer(at::Device device, void* to, const void* from, int64_t bytes);
 void zero(at::Device device, void* data, int64_t bytes);
 
-// An imitation of a smaller card; nullopt: all of it.
-void limit_memory(at::Device device, std::optional<int64_t> bytes);
+// Makes it this thread's current device, so that nothing lands on another card's context; first thing on a session's
+// thread. bytes: an imitation of a smaller card; nullopt: all of it. Takes a second where the process is new to the
+// card. Returns the bytes that are taken on it then: cuBLAS keeps a workspace for each stream from its first product
+// on, which is done here, so that no step meets it.
+int64_t open(at::Device device, std::optional<int64_t> bytes);
 struct DeviceMemory {
   int64_t live = 0, peak = 0;  // bytes of tensors
   int64_t segments = 0;        // times that the driver was asked for memory
