@@ -11,6 +11,7 @@ import { type ModelSpec, type ResolvedModel, resolveModel } from "./model-source
 import type { Batch, HostTensor, NativeRanks, NativeSession, RankSpec, SessionOptions } from "./native-session.js";
 import type { ChooseDevice, SettledOptions } from "./options.js";
 import type { TrainingPlan } from "./plan.js";
+import type { Resources } from "./resources.js";
 
 export interface Parts {
   createSession(options: SessionOptions): Promise<NativeSession>;
@@ -21,8 +22,9 @@ export interface Parts {
   resolveModel(spec: ModelSpec): ResolvedModel;
   chooseDevice: ChooseDevice;
   computeDType(device: SessionOptions["device"]): Promise<ComputeDType>;
-  plan(graph: Graph, options: SettledOptions): Promise<TrainingPlan>;
-  context(graph: Graph, options: SettledOptions): Promise<ContextOptions | null>;
+  resources(options: SettledOptions): Promise<Resources>;
+  plan(graph: Graph, options: SettledOptions, resources: Resources): Promise<TrainingPlan>;
+  context(graph: Graph, options: SettledOptions, resources: Resources): Promise<ContextOptions | null>;
 }
 
 /** Loaded when used: reading options or a checkpoint's facts needs neither libtorch nor data sources. */
@@ -36,8 +38,9 @@ export const realParts: Parts = {
   resolveModel,
   chooseDevice,
   computeDType: async (device) => (await import("./compute-dtype.js")).chooseComputeDType(device),
-  plan: async (graph, options) => (await import("./plan.js")).planTraining(graph, options),
-  context: async (graph, options) => (await import("./plan.js")).contextFor(graph, options),
+  resources: async (options) => (await import("./resources.js")).detectResources(options),
+  plan: async (graph, options, resources) => (await import("./plan.js")).planTraining(graph, options, resources),
+  context: async (graph, options, resources) => (await import("./plan.js")).contextFor(graph, options, resources),
 };
 
 /** The tensors that the graph takes, of those that the data has. @throws DATA naming one that is missing */
