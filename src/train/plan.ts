@@ -368,7 +368,7 @@ function checkBudgets({ deviceBytes, hostBytes, diskBytes }: TapePeaks, o: Settl
   const { localSize } = machinesOf(o);
   const less =
     "Smaller micro-batches, shorter rows, precision bfloat16 or optimizer adamw8bit take less" +
-    (o.offload === "none" ? ", and offload takes state away" : "");
+    (o.offload === "none" ? ", and offload or plan auto takes state away" : "");
   const given = (what: string, bytes: number, of: number | null): void => {
     if (of !== null && bytes > of)
       throw outOfMemory(`the plan takes ${showSize(bytes)} of ${what}, ${showSize(of)} are given. ${less}`);

@@ -121,7 +121,7 @@ describe("what a plan may take of it", () => {
       (p) => p.deviceBytes + p.hostBytes,
       /this machine's memory/,
     ],
-    ["cuda", { device: "cuda:0" }, "cardBytes", (p) => p.deviceBytes, /of cuda:0's free memory, .*offload takes state/],
+    ["cuda", { device: "cuda:0" }, "cardBytes", (p) => p.deviceBytes, /of cuda:0's free memory, .*offload or plan auto takes state/],
     ["cuda, beside", { device: "cuda:0", offload: "host" }, "memoryBytes", (p) => p.hostBytes, /this machine's memory/],
     [
       "two ranks",
