@@ -415,7 +415,7 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
   Napi::Value gradient(const Napi::CallbackInfo& info) {
     return entry(info, [&] {
       return post(info, [name = text(info, 0, "name")](engine::Executor& executor) {
-        return give(executor.gradient(name).clone());
+        return give(executor.gradient(name).to(at::kCPU, /*non_blocking=*/false, /*copy=*/true));
       });
     });
   }
@@ -428,7 +428,7 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
         if (!executor.state().holds(kind, parameter))
           engine::fail("INVALID_ARGUMENT", "[session] this model holds no ", engine::state_kind_name(kind), " of ",
                        name);
-        return give(executor.state().tensor(kind, parameter).clone());
+        return give(executor.state().tensor(kind, parameter).to(at::kCPU, /*non_blocking=*/false, /*copy=*/true));
       });
     });
   }

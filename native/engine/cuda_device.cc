@@ -247,12 +247,14 @@ int64_t open(at::Device device, std::optional<int64_t> bytes) {
   // The allocator has no devices before.
   at::globalContext().lazyInitDevice(at::kCUDA);
   c10::cuda::set_device(device.index());
+  // One for all that this thread does: what it allocated is free for it again without waiting, and nothing that it
+  // does later overtakes what it did before.
+  c10::cuda::setCurrentCUDAStream(c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device.index()));
   size_t free = 0, total = 0;
   check(cudaMemGetInfo(&free, &total), "asking for the card's memory");
   const double fraction =
       bytes.has_value() ? std::min(1.0, static_cast<double>(*bytes) / static_cast<double>(total)) : 1.0;
   c10::cuda::CUDACachingAllocator::setMemoryFraction(fraction, device.index());
-  const StreamScope scope(device);
   const at::NoGradGuard no_grad;
   for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
     const at::Tensor x = at::ones({16, 16}, at::TensorOptions().dtype(dtype).device(device));
@@ -272,18 +274,6 @@ DeviceMemory memory(at::Device device) {
 
 void reset_peak(at::Device device) { c10::cuda::CUDACachingAllocator::resetPeakStats(device.index()); }
 void give_back() { c10::cuda::CUDACachingAllocator::emptyCache(); }
-
-struct StreamScope::State {
-  c10::cuda::CUDAStreamGuard guard;
-};
-StreamScope::StreamScope(at::Device device) {
-  // One stream a thread: what it allocated last time is free for it again without waiting.
-  thread_local std::optional<c10::cuda::CUDAStream> stream;
-  if (!stream.has_value() || stream->device_index() != device.index())
-    stream = c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device.index());
-  state_ = std::unique_ptr<State>(new State{c10::cuda::CUDAStreamGuard(*stream)});
-}
-StreamScope::~StreamScope() = default;
 
 std::unique_ptr<Copies> copies(at::Device device, std::shared_ptr<Ranks> ranks, bool over_nccl) {
   return std::make_unique<CudaCopies>(device, std::move(ranks), over_nccl);
@@ -311,9 +301,6 @@ int64_t open(at::Device, std::optional<int64_t>) { refuse(); }
 DeviceMemory memory(at::Device) { refuse(); }
 void reset_peak(at::Device) { refuse(); }
 void give_back() {}
-struct StreamScope::State {};
-StreamScope::StreamScope(at::Device) { refuse(); }
-StreamScope::~StreamScope() = default;
 std::unique_ptr<Copies> copies(at::Device, std::shared_ptr<Ranks>, bool) { refuse(); }
 
 }  // namespace stroma::engine::cuda

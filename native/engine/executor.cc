@@ -359,8 +359,6 @@ void Executor::reset_device_peak() {
 void Executor::walk(Step& step, const std::atomic<bool>& cancelled) {
   const Tape& tape = step.tape;
   const AccountScope scope(account_);
-  std::optional<cuda::StreamScope> stream;
-  if (!spec_.device.is_cpu()) stream.emplace(spec_.device);
   std::optional<Profile>& profile = step.result.profile;
   if (step.request.profile) {
     profile.emplace();
