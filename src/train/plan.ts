@@ -119,10 +119,15 @@ export function planTraining(
   const sizes = policy.dims ?? dims;
   const predict = (tape: Tape): Prediction => {
     if (sizes === null) throw unknownSizes(graph);
-    return predictStep(planned, tape, resources.profile, options.device.startsWith("cuda") ? "cuda" : "cpu", sizes);
+    return predictStep(planned, tape, resources.profile, memoryDevice(options), sizes);
   };
   const predicted = sizes === null ? null : predict(step);
-  if (predicted !== null) checkBudgets(predicted.peaks, options, resources);
+  if (predicted !== null) {
+    const kernels = memoryDevice(options);
+    const all = policy.stages === undefined ? [] : besides(planned, policy, options);
+    const beside = all.map(({ step }) => tapePeaks(planned, step, kernels, sizes!));
+    checkBudgets(predicted.peaks, beside, options, resources);
+  }
   const members = membersOf(policy.stages);
   const facts: PlanFacts = {
     tapeHash: hashOf(policy.stages === undefined ? step : everyRank(planned, policy).map((t) => t.step)),
@@ -164,6 +169,16 @@ function everyRank(graph: Graph, policy: Policy): StepTapes[] {
     writeTape(graph, { ...policy, stages: { ...stages, rank } }),
   );
 }
+
+/** Of the other ranks on this one's machine. */
+function besides(graph: Graph, policy: Policy, { ranks }: SettledOptions): StepTapes[] {
+  const { rank, size, localSize = size } = ranks!;
+  const machine = (r: number) => Math.floor(r / localSize);
+  return everyRank(graph, policy).filter((_, r) => r !== rank && machine(r) === machine(rank));
+}
+
+/** Whose kernels run. */
+const memoryDevice = ({ device }: SettledOptions): "cuda" | "cpu" => (device.startsWith("cuda") ? "cuda" : "cpu");
 
 function checkWithOthers(graph: Graph, policy: Policy, mine: StepTapes): void {
   const all = everyRank(graph, policy);
@@ -363,9 +378,12 @@ function machinesOf({ ranks }: SettledOptions): { localSize: number; machines: n
   return { localSize, machines: Math.ceil(size / localSize) };
 }
 
-/** Given sizes are kept to the byte; of what was detected, a margin is left (budget.ts). */
-function checkBudgets({ deviceBytes, hostBytes, diskBytes }: TapePeaks, o: SettledOptions, r: Resources): void {
-  const { localSize } = machinesOf(o);
+/**
+ * Given sizes are kept to the byte; of what was detected, a margin is left (budget.ts).
+ * @param beside of the other ranks on this machine, which have one memory with this one
+ */
+function checkBudgets(mine: TapePeaks, beside: readonly TapePeaks[], o: SettledOptions, r: Resources): void {
+  const { deviceBytes, hostBytes, diskBytes } = mine;
   const less =
     "Smaller micro-batches, shorter rows, precision bfloat16 or optimizer adamw8bit take less" +
     (o.offload === "none" ? ", and offload or plan auto takes state away" : "");
@@ -386,16 +404,13 @@ function checkBudgets({ deviceBytes, hostBytes, diskBytes }: TapePeaks, o: Settl
   given("device memory", cpu ? deviceBytes + hostBytes : deviceBytes, o.deviceMemory);
   given("host memory", hostBytes, o.hostMemory);
   given("disk", diskBytes, o.disk);
-  const here = localSize > 1 ? `this machine's memory for each of its ${localSize} ranks` : "this machine's memory";
-  const share = r.memoryBytes / localSize;
-  if (o.device === "sim") detected(here, deviceBytes + hostBytes, "hostBytes", share, "");
-  else if (cpu && o.deviceMemory === null)
-    detected(here, deviceBytes + hostBytes, "hostBytes", share, "; deviceMemory says how much may be taken");
-  else if (!cpu) {
-    if (o.deviceMemory === null && r.cardBytes !== null)
-      detected(`${o.device}'s free memory`, deviceBytes, "deviceBytes", r.cardBytes, "");
-    if (o.hostMemory === null) detected(here, hostBytes, "hostBytes", share, "");
-  }
+  const onCard = o.device.startsWith("cuda");
+  if (onCard && o.deviceMemory === null && r.cardBytes !== null)
+    detected(`${o.device}'s free memory`, deviceBytes, "deviceBytes", r.cardBytes, "");
+  if (cpu ? o.deviceMemory !== null : onCard && o.hostMemory !== null) return;
+  const here = beside.length > 0 ? `this machine's memory in its ${beside.length + 1} ranks` : "this machine's memory";
+  const taken = [mine, ...beside].reduce((sum, p) => sum + p.hostBytes + (onCard ? 0 : p.deviceBytes), 0);
+  detected(here, taken, "hostBytes", r.memoryBytes, cpu ? "; deviceMemory says how much may be taken" : "");
 }
 
 const outOfMemory = (why: string) => new StromaError("OUT_OF_MEMORY", `[plan] the training does not fit: ${why}`);

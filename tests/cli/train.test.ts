@@ -268,7 +268,9 @@ describe.skipIf(!hasNative())("stroma with its engine", () => {
 
     it("for a person it is two lines", async () => {
       const { stdout } = await stroma(["eval", "--checkpoint", run, "--micro-batches", "1"]);
-      expect(stdout).toMatch(/^decoder at .*step-000012, on \S+ \(.+\)\nheld-out planets: loss \d\.\d+, \d\.\d+ bits per byte \(/);
+      expect(stdout).toMatch(
+        /^decoder at .*step-000012, on \S+ \(.+\)\nheld-out planets: loss \d\.\d+, \d\.\d+ bits per byte \(/,
+      );
     });
   });
 

@@ -121,14 +121,25 @@ describe("what a plan may take of it", () => {
       (p) => p.deviceBytes + p.hostBytes,
       /this machine's memory/,
     ],
-    ["cuda", { device: "cuda:0" }, "cardBytes", (p) => p.deviceBytes, /of cuda:0's free memory, .*offload or plan auto takes state/],
+    [
+      "cuda",
+      { device: "cuda:0" },
+      "cardBytes",
+      (p) => p.deviceBytes,
+      /of cuda:0's free memory, .*offload or plan auto takes state/,
+    ],
     ["cuda, beside", { device: "cuda:0", offload: "host" }, "memoryBytes", (p) => p.hostBytes, /this machine's memory/],
     [
       "two ranks",
       { ranks: ranks(2) },
       "memoryBytes",
-      (p) => 2 * (p.deviceBytes + p.hostBytes),
-      /for each of its 2 ranks/,
+      // The blocks of two ranks are not equal: the sum of both counts.
+      (p) => {
+        const other = planned({ ranks: { ...ranks(2), rank: 1 } }, {}).predicted!.peaks;
+        expect(other.deviceBytes).not.toBe(p.deviceBytes);
+        return p.deviceBytes + p.hostBytes + other.deviceBytes + other.hostBytes;
+      },
+      /memory in its 2 ranks/,
     ],
     ["one here", { ranks: ranks(1) }, "memoryBytes", (p) => p.deviceBytes + p.hostBytes, /of this machine's memory/],
   ])("%s: what just fits is taken, a little less is refused", (_name, extra, memory, needs, why) => {
