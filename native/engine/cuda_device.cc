@@ -238,7 +238,7 @@ void zero(at::Device device, void* data, int64_t bytes) {
   const c10::cuda::CUDAGuard guard(device);
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(device.index()).stream();
   check(cudaMemsetAsync(data, 0, static_cast<size_t>(bytes), stream), "zeroing");
-  // A step's stream does not wait for this one.
+  // Threads that read a checkpoint into the state do not wait for this stream.
   check(cudaStreamSynchronize(stream), "zeroing");
 }
 
