@@ -29,7 +29,8 @@ if(KERNEL_CUDA_SOURCES)
     set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION "-std=c++20")
   endif()
   set(CMAKE_CUDA_STANDARD 20)
-  set(CMAKE_CUDA_FLAGS "${CMAKE_CUDA_FLAGS} --expt-relaxed-constexpr --expt-extended-lambda -Xcompiler=-Wall")
+  # No multiply-add is fused but where it is written, as in the C++ twins (kernels/hd.h).
+  set(CMAKE_CUDA_FLAGS "${CMAKE_CUDA_FLAGS} --fmad=false --expt-relaxed-constexpr --expt-extended-lambda -Xcompiler=-Wall")
 endif()
 
 # NCCL: libtorch_cuda carries c10d's ProcessGroupNCCL and finds libnccl by a path of its own, so that headers are all it

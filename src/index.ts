@@ -31,6 +31,7 @@ export {
 } from "./data/index.js";
 export type * from "./data/types.js";
 // Training
+export type { Device, DeviceOption } from "./device.js";
 export { type ErrorCode, StromaError } from "./errors.js";
 export type { GenerateOptions } from "./generate/generate.js";
 export { type LoadedModel, type LoadModelOptions, loadModel } from "./generate/load-model.js";

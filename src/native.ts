@@ -39,7 +39,15 @@ export type NativeAddon = NativeTensorApi & SessionFactory;
 
 /** What the machine is, told by native/probe without libtorch. Absent limits are null; bytes are plain numbers. */
 export interface ProbeReport {
-  gpus: { index: number; name: string; memoryBytes: number; freeBytes: number; computeCapability: string }[];
+  gpus: {
+    index: number;
+    name: string;
+    /** "GPU-…", as CUDA_VISIBLE_DEVICES may name it; absent: the driver does not tell. */
+    uuid?: string;
+    memoryBytes: number;
+    freeBytes: number;
+    computeCapability: string;
+  }[];
   /** Null: no NVML library, so no NVIDIA driver. */
   driver: { version: string; cuda: string } | null;
   /** Why there are no GPUs, in NVML's or the loader's words; null when there are. */
@@ -173,6 +181,8 @@ export function loadAddon(): NativeAddon {
   const record = readBuildRecord();
   checkBuild(record);
   letThreadsSleep();
+  // Cards are counted as the driver and nvidia-smi count them, so that names and free memory are those of the card meant.
+  process.env.CUDA_DEVICE_ORDER ??= "PCI_BUS_ID";
   // c10d logs what it also throws, with stacks: whoever catches it says it in words.
   if (process.env.STROMA_DEBUG !== "1") process.env.TORCH_CPP_LOG_LEVEL ??= "FATAL";
   const addon = requireNative<NativeAddon>(join(packageRoot, record.addon), record);

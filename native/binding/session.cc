@@ -175,6 +175,7 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
                          device.find_first_not_of("0123456789", 5) == std::string::npos;
     if (device != "cpu" && device != "sim" && !is_cuda)
       throw CodedError("INVALID_ARGUMENT", "[session] expected device cpu, sim or cuda:N, got " + device);
+    spec.reads_late = device != "cpu";
     if (is_cuda) spec.device = at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(std::stoi(device.substr(5))));
     threads_ = static_cast<int>(options.integer("threads"));
     if (threads_ < 0) throw CodedError("INVALID_ARGUMENT", "[session] expected threads >= 0 (0: all)");
@@ -370,6 +371,7 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
       skipped.Set(static_cast<uint32_t>(i), result.skipped_blocks[i]);
     out.Set("skippedBlocks", skipped);
     if (result.profile.has_value()) out.Set("profile", encode_profile(env, result));
+    out.Set("newDeviceSegments", static_cast<double>(result.new_segments));
     out.Set("peakDeviceBytes", static_cast<double>(result.peak_device_bytes));
     out.Set("peakHostBytes", static_cast<double>(result.peak_host_bytes));
     return out;
@@ -411,7 +413,7 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
   Napi::Value gradient(const Napi::CallbackInfo& info) {
     return entry(info, [&] {
       return post(info, [name = text(info, 0, "name")](engine::Executor& executor) {
-        return give(executor.gradient(name).clone());
+        return give(executor.gradient(name).to(at::kCPU, /*non_blocking=*/false, /*copy=*/true));
       });
     });
   }
@@ -424,7 +426,7 @@ class SessionWrap : public Napi::ObjectWrap<SessionWrap> {
         if (!executor.state().holds(kind, parameter))
           engine::fail("INVALID_ARGUMENT", "[session] this model holds no ", engine::state_kind_name(kind), " of ",
                        name);
-        return give(executor.state().tensor(kind, parameter).clone());
+        return give(executor.state().tensor(kind, parameter).to(at::kCPU, /*non_blocking=*/false, /*copy=*/true));
       });
     });
   }

@@ -4,13 +4,10 @@
 
 #include <algorithm>
 #include <chrono>
-#include <condition_variable>
 #include <cstring>
-#include <deque>
-#include <exception>
-#include <mutex>
 #include <thread>
 
+#include "engine/copy_queues.h"
 #include "engine/cuda_device.h"
 #include "engine/error.h"
 
@@ -34,150 +31,43 @@ void carry_out(const Tape& tape, const Memory& memory, const Instruction& copy) 
   }
 }
 
-class Threaded final : public Copies {
+class Threaded final : public CopyQueues {
  public:
-  Threaded(const SimOptions& options, std::shared_ptr<Ranks> ranks)
-      : queues_(lines_among(ranks.get())),
-        busy_(queues_.size()),
-        free_at_(queues_.size()),
-        rates_(queues_.size()),
-        threads_(queues_.size()),
-        ranks_(std::move(ranks)) {
-    rates_[static_cast<int>(CopyQueue::kIn)] = options.host_to_device;
-    rates_[static_cast<int>(CopyQueue::kOut)] = options.device_to_host;
+  Threaded(const SimOptions& options, std::shared_ptr<Ranks> ranks) : CopyQueues(std::move(ranks)) {
+    links_[static_cast<int>(CopyQueue::kIn)].rate = options.host_to_device;
+    links_[static_cast<int>(CopyQueue::kOut)].rate = options.device_to_host;
   }
-  ~Threaded() override {
-    {
-      const std::lock_guard lock(mutex_);
-      stopping_ = true;
-    }
-    changed_.notify_all();
-    for (std::thread& thread : threads_)
-      if (thread.joinable()) thread.join();
-  }
-
-  void begin(const Tape& tape, const Memory& memory, Timeline* timeline) override {
-    const std::lock_guard lock(mutex_);
-    tape_ = &tape;
-    memory_ = &memory;
-    timeline_ = timeline;
-    done_.assign(tape.instructions.size(), 0);
-    failure_ = nullptr;
-    aborted_ = false;
-    counts_ = {};
-  }
-  void issue(int instruction) override {
-    const Instruction& copy = tape_->instructions[instruction];
-    const int q = copy.line();
-    counts_.bytes[static_cast<int>(copy.queue)] += copy.bytes;
-    {
-      const std::lock_guard lock(mutex_);
-      queues_[q].push_back(instruction);
-      if (!threads_[q].joinable()) threads_[q] = std::thread([this, q] { serve(q); });
-    }
-    changed_.notify_all();
-  }
-  void await(int instruction) override {
-    const auto& waits = tape_->instructions[instruction].waits;
-    if (waits.empty()) return;
-    std::unique_lock lock(mutex_);
-    changed_.wait(lock, [&] { return failure_ != nullptr || ready(waits); });
-    if (failure_ != nullptr) std::rethrow_exception(failure_);
-  }
-  void finished(int instruction) override {
-    {
-      const std::lock_guard lock(mutex_);
-      done_[instruction] = 1;
-    }
-    changed_.notify_all();
-  }
-  void end(bool abort) override {
-    std::unique_lock lock(mutex_);
-    if (abort) {
-      aborted_ = true;
-      changed_.notify_all();
-    }
-    changed_.wait(lock, [this] {
-      for (size_t q = 0; q < queues_.size(); ++q)
-        if (!queues_[q].empty() || busy_[q]) return false;
-      return true;
-    });
-    tape_ = nullptr;
-    if (!abort && failure_ != nullptr) std::rethrow_exception(failure_);
-  }
+  ~Threaded() override { stop(); }
 
  private:
-  bool ready(const std::vector<int>& waits) const {
-    for (const int w : waits)
-      if (!done_[w]) return false;
-    return true;
+  // A queue is a link of so many bytes a second.
+  struct Link {
+    std::optional<double> rate;
+    double free_at = 0;
+  };
+
+  void carry_out(int instruction) override {
+    const Instruction& copy = at(instruction);
+    const double start = now();
+    if (copy.op == Instruction::Op::kCopy)
+      engine::carry_out(*tape_, *memory_, copy);
+    else
+      exchange(*tape_, *memory_, copy, *ranks_);
+    throttle(links_[static_cast<int>(copy.queue)], start, copy.bytes);
+    if (timeline_ == nullptr) return;
+    timeline_->start[instruction] = start;
+    timeline_->end[instruction] = now();
   }
 
-  void serve(int q) {
-    std::unique_lock lock(mutex_);
-    for (;;) {
-      changed_.wait(lock, [&] {
-        return stopping_ || (!queues_[q].empty() &&
-                             (ready(tape_->instructions[queues_[q].front()].waits) || aborted_ || failure_ != nullptr));
-      });
-      if (stopping_) return;
-      const int instruction = queues_[q].front();
-      const Instruction& copy = tape_->instructions[instruction];
-      queues_[q].pop_front();
-      if (failure_ != nullptr || aborted_) {
-        changed_.notify_all();
-        continue;
-      }
-      busy_[q] = true;
-      lock.unlock();
-      const double start = now();
-      std::exception_ptr failure;
-      try {
-        if (copy.op == Instruction::Op::kCopy)
-          carry_out(*tape_, *memory_, copy);
-        else
-          exchange(*tape_, *memory_, copy, *ranks_);
-        throttle(q, start, copy.bytes);
-      } catch (...) {
-        failure = std::current_exception();
-      }
-      const double end = now();
-      lock.lock();
-      if (timeline_ != nullptr) {
-        timeline_->start[instruction] = start;
-        timeline_->end[instruction] = end;
-      }
-      busy_[q] = false;
-      if (failure != nullptr && failure_ == nullptr) failure_ = failure;
-      done_[instruction] = 1;
-      changed_.notify_all();
-    }
-  }
-
-  // The queue is a link of so many bytes a second: what memcpy did sooner, the link has not done yet.
-  void throttle(int q, double start, int64_t bytes) {
-    if (!rates_[q].has_value()) return;
-    const double until = std::max(free_at_[q], start) + static_cast<double>(bytes) / *rates_[q];
-    free_at_[q] = until;
-    const double wait = until - now();
+  // What memcpy did sooner, the link has not done yet.
+  static void throttle(Link& link, double start, int64_t bytes) {
+    if (!link.rate.has_value()) return;
+    link.free_at = std::max(link.free_at, start) + static_cast<double>(bytes) / *link.rate;
+    const double wait = link.free_at - now();
     if (wait > 0) std::this_thread::sleep_for(std::chrono::duration<double>(wait));
   }
 
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  // By Instruction::line().
-  std::vector<std::deque<int>> queues_;
-  std::vector<char> busy_;
-  std::vector<double> free_at_;
-  std::vector<std::optional<double>> rates_;
-  std::vector<std::thread> threads_;
-  const std::shared_ptr<Ranks> ranks_;
-  const Tape* tape_ = nullptr;
-  const Memory* memory_ = nullptr;
-  Timeline* timeline_ = nullptr;
-  std::vector<char> done_;
-  std::exception_ptr failure_;
-  bool aborted_ = false, stopping_ = false;
+  Link links_[kCopyQueues];  // by CopyQueue; only queues of one thread have a rate
 };
 
 class Adversary final : public Copies {

@@ -4,6 +4,7 @@
 
 #ifdef STROMA_CUDA
 
+#include <ATen/Context.h>
 #include <ATen/Functions.h>
 #include <ATen/ops/from_blob.h>
 #include <c10/cuda/CUDACachingAllocator.h>
@@ -13,12 +14,9 @@
 #include <cuda_runtime_api.h>
 #include <sys/mman.h>
 
-#include <condition_variable>
 #include <cstring>
-#include <deque>
-#include <mutex>
-#include <thread>
 
+#include "engine/copy_queues.h"
 #include "engine/layout.h"
 #include "engine/nccl_links.h"
 #include "engine/step.h"
@@ -51,49 +49,32 @@ class Event {
 };
 
 // Every queue but compute has a thread that issues its copies: it first waits until what a copy waits for has been
-// issued (disk: done), then lets the stream wait for the events. So the thread that issues passes never blocks on a
-// disk.
-class CudaCopies final : public Copies {
+// issued (disk, ranks: done), then lets the stream wait for the events. So the thread that issues passes never blocks
+// on a disk. Every step ends with both directions and the passes done: the next one's events and places are free.
+class CudaCopies final : public CopyQueues {
  public:
   CudaCopies(at::Device device, std::shared_ptr<Ranks> ranks, bool over_nccl)
-      : device_(device),
-        queues_(lines_among(ranks.get())),
-        busy_(queues_.size()),
-        threads_(queues_.size()),
-        ranks_(std::move(ranks)) {
+      : CopyQueues(std::move(ranks)), device_(device) {
     if (over_nccl) links_ = nccl::links(device_, ranks_);
     const c10::cuda::CUDAGuard guard(device_);
     for (int direction = 0; direction < 2; ++direction)
       streams_.push_back(c10::cuda::getStreamFromPool(/*isHighPriority=*/true, device_.index()));
+    // An event is its device's, which is the current one where it is made: another's cannot be recorded here.
+    begin_.emplace();
   }
-  ~CudaCopies() override {
-    {
-      const std::lock_guard lock(mutex_);
-      stopping_ = true;
-    }
-    changed_.notify_all();
-    for (std::thread& thread : threads_)
-      if (thread.joinable()) thread.join();
-  }
+  ~CudaCopies() override { stop(); }
 
   void begin(const Tape& tape, const Memory& memory, Timeline* timeline) override {
     if (links_) links_->open(tape);
-    const std::lock_guard lock(mutex_);
-    tape_ = &tape;
-    memory_ = &memory;
-    timeline_ = timeline;
+    CopyQueues::begin(tape, memory, timeline);
+    const c10::cuda::CUDAGuard guard(device_);
     const size_t n = tape.instructions.size();
-    issued_.assign(n, 0);
-    failure_ = nullptr;
-    aborted_ = false;
-    counts_ = {};
     // An event only where another queue waits for it.
     wanted_.assign(n, 0);
-    for (const Instruction& at : tape.instructions)
-      for (const int w : at.waits) wanted_[w] = 1;
-    const bool timing = timeline != nullptr;
+    for (const Instruction& i : tape.instructions)
+      for (const int w : i.waits) wanted_[w] = 1;
     while (events_.size() < n) events_.emplace_back();
-    if (timing) {
+    if (timeline != nullptr) {
       starts_.clear();
       ends_.clear();
       for (size_t i = 0; i < n; ++i) {
@@ -102,112 +83,51 @@ class CudaCopies final : public Copies {
       }
       base_.emplace(true);
       base_->record(compute());
+      // The clock that host times are of begins where the events' does: nothing is under way.
+      check(cudaEventSynchronize(base_->get()), "the begin of a step");
       base_seconds_ = steady_seconds();
     }
     // Copies of this step follow the work that came before it.
-    begin_.record(compute());
-    for (const auto& stream : streams_) check(cudaStreamWaitEvent(stream.stream(), begin_.get(), 0), "a stream's wait");
-  }
-
-  void issue(int instruction) override {
-    const Instruction& copy = tape_->instructions[instruction];
-    const int q = copy.line();
-    counts_.bytes[static_cast<int>(copy.queue)] += copy.bytes;
-    {
-      const std::lock_guard lock(mutex_);
-      queues_[q].push_back(instruction);
-      if (!threads_[q].joinable()) threads_[q] = std::thread([this, q] { serve(q); });
-    }
-    changed_.notify_all();
+    begin_->record(compute());
+    for (const auto& stream : streams_) follow(stream.stream(), *begin_);
   }
 
   void await(int instruction) override {
-    const auto& waits = tape_->instructions[instruction].waits;
-    if (!waits.empty()) {
-      std::unique_lock lock(mutex_);
-      changed_.wait(lock, [&] { return failure_ != nullptr || ready(waits); });
-      if (failure_ != nullptr) std::rethrow_exception(failure_);
-      lock.unlock();
-      for (const int w : waits)
-        if (on_stream(w)) check(cudaStreamWaitEvent(compute(), events_[w].get(), 0), "a stream's wait");
-    }
+    CopyQueues::await(instruction);
+    for (const int w : at(instruction).waits)
+      if (on_stream(w)) follow(compute(), events_[w]);
     if (timeline_ != nullptr) starts_[instruction].record(compute());
   }
 
   void finished(int instruction) override {
     if (timeline_ != nullptr) ends_[instruction].record(compute());
     if (wanted_[instruction]) events_[instruction].record(compute());
-    {
-      const std::lock_guard lock(mutex_);
-      issued_[instruction] = 1;
-    }
-    changed_.notify_all();
+    CopyQueues::finished(instruction);
   }
 
   void end(bool abort) override {
-    {
-      std::unique_lock lock(mutex_);
-      if (abort) aborted_ = true;
-      changed_.notify_all();
-      changed_.wait(lock, [this] {
-        for (size_t q = 0; q < queues_.size(); ++q)
-          if (!queues_[q].empty() || busy_[q]) return false;
-        return true;
-      });
-    }
+    drain(abort);
     for (const auto& stream : streams_) check(cudaStreamSynchronize(stream.stream()), "the copies of a step");
     check(cudaStreamSynchronize(compute()), "the passes of a step");
     if (timeline_ != nullptr && !abort) tell_times();
-    tape_ = nullptr;
-    if (!abort && failure_ != nullptr) std::rethrow_exception(failure_);
+    settle(abort);
   }
 
  private:
   cudaStream_t compute() const { return c10::cuda::getCurrentCUDAStream(device_.index()).stream(); }
+  static void follow(cudaStream_t stream, const Event& event) {
+    check(cudaStreamWaitEvent(stream, event.get(), 0), "a stream's wait");
+  }
   bool on_stream(int instruction) const {
-    const Instruction& at = tape_->instructions[instruction];
-    return !at.queued() || at.queue == CopyQueue::kIn || at.queue == CopyQueue::kOut;
+    const Instruction& i = at(instruction);
+    return !i.queued() || i.queue == CopyQueue::kIn || i.queue == CopyQueue::kOut;
   }
-  bool ready(const std::vector<int>& waits) const {
-    for (const int w : waits)
-      if (!issued_[w]) return false;
-    return true;
-  }
+  const Place& place(int index) const { return tape_->places[index]; }
+  char* address(int index, const Instruction& copy) const { return memory_->address(place(index)) + copy.at; }
 
-  void serve(int q) {
+  void carry_out(int instruction) override {
     const c10::cuda::CUDAGuard guard(device_);
-    std::unique_lock lock(mutex_);
-    for (;;) {
-      changed_.wait(lock, [&] {
-        return stopping_ || (!queues_[q].empty() &&
-                             (ready(tape_->instructions[queues_[q].front()].waits) || aborted_ || failure_ != nullptr));
-      });
-      if (stopping_) return;
-      const int instruction = queues_[q].front();
-      queues_[q].pop_front();
-      if (failure_ != nullptr || aborted_) {
-        changed_.notify_all();
-        continue;
-      }
-      busy_[q] = true;
-      lock.unlock();
-      std::exception_ptr failure;
-      try {
-        carry_out(instruction);
-      } catch (...) {
-        failure = std::current_exception();
-      }
-      lock.lock();
-      busy_[q] = false;
-      if (failure != nullptr && failure_ == nullptr) failure_ = failure;
-      issued_[instruction] = 1;
-      changed_.notify_all();
-    }
-  }
-
-  const Place& at(int place) const { return tape_->places[place]; }
-  void carry_out(int instruction) {
-    const Instruction& copy = tape_->instructions[instruction];
+    const Instruction& copy = at(instruction);
     if (!on_stream(instruction)) {
       // The host touches these bytes itself: what streams still do to them must be over.
       for (const int w : copy.waits)
@@ -216,9 +136,9 @@ class CudaCopies final : public Copies {
       if (copy.op != Instruction::Op::kCopy)
         links_ ? links_->exchange(*tape_, *memory_, copy) : exchange(*tape_, *memory_, copy, *ranks_);
       else if (copy.queue == CopyQueue::kLoad)
-        memory_->disk().read(at(copy.from).offset + copy.at, memory_->address(at(copy.to)) + copy.at, copy.bytes);
+        memory_->disk().read(place(copy.from).offset + copy.at, address(copy.to, copy), copy.bytes);
       else
-        memory_->disk().write(at(copy.to).offset + copy.at, memory_->address(at(copy.from)) + copy.at, copy.bytes);
+        memory_->disk().write(place(copy.to).offset + copy.at, address(copy.from, copy), copy.bytes);
       if (timeline_ != nullptr) {
         timeline_->start[instruction] = start;
         timeline_->end[instruction] = steady_seconds();
@@ -227,10 +147,10 @@ class CudaCopies final : public Copies {
     }
     const cudaStream_t stream = streams_[static_cast<int>(copy.queue)].stream();
     for (const int w : copy.waits)
-      if (on_stream(w)) check(cudaStreamWaitEvent(stream, events_[w].get(), 0), "a stream's wait");
+      if (on_stream(w)) follow(stream, events_[w]);
     if (timeline_ != nullptr) starts_[instruction].record(stream);
-    check(cudaMemcpyAsync(memory_->address(at(copy.to)) + copy.at, memory_->address(at(copy.from)) + copy.at,
-                          static_cast<size_t>(copy.bytes), cudaMemcpyDefault, stream),
+    check(cudaMemcpyAsync(address(copy.to, copy), address(copy.from, copy), static_cast<size_t>(copy.bytes),
+                          cudaMemcpyDefault, stream),
           "a copy");
     if (timeline_ != nullptr) ends_[instruction].record(stream);
     if (wanted_[instruction]) events_[instruction].record(stream);
@@ -253,26 +173,13 @@ class CudaCopies final : public Copies {
     }
   }
 
-  at::Device device_;
+  const at::Device device_;
   std::vector<c10::cuda::CUDAStream> streams_;  // in, out
   std::vector<Event> events_, starts_, ends_;   // by instruction
-  std::optional<Event> base_;
-  Event begin_;
+  std::optional<Event> base_, begin_;
   double base_seconds_ = 0;
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  // By Instruction::line().
-  std::vector<std::deque<int>> queues_;
-  std::vector<char> busy_;
-  std::vector<std::thread> threads_;
-  const std::shared_ptr<Ranks> ranks_;
   std::unique_ptr<nccl::Links> links_;  // null: over Gloo
-  const Tape* tape_ = nullptr;
-  const Memory* memory_ = nullptr;
-  Timeline* timeline_ = nullptr;
-  std::vector<char> issued_, wanted_;
-  std::exception_ptr failure_;
-  bool aborted_ = false, stopping_ = false;
+  std::vector<char> wanted_;
 };
 
 }  // namespace
@@ -310,7 +217,9 @@ at::Tensor pinned_bytes(int64_t bytes) {
   }
   return at::from_blob(
       data, {static_cast<int64_t>(size)},
-      [size](void* at) {
+      [size, device = c10::cuda::current_device()](void* at) {
+        // Whoever lets go last may be another thread, whose current device has no context yet and should get none.
+        const c10::cuda::CUDAGuard guard(device);
         cudaHostUnregister(at);
         ::munmap(at, size);
       },
@@ -327,17 +236,33 @@ void transfer(at::Device device, void* to, const void* from, int64_t bytes) {
 
 void zero(at::Device device, void* data, int64_t bytes) {
   const c10::cuda::CUDAGuard guard(device);
-  check(cudaMemsetAsync(data, 0, static_cast<size_t>(bytes), c10::cuda::getCurrentCUDAStream(device.index()).stream()),
-        "zeroing");
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(device.index()).stream();
+  check(cudaMemsetAsync(data, 0, static_cast<size_t>(bytes), stream), "zeroing");
+  // Threads that read a checkpoint into the state do not wait for this stream.
+  check(cudaStreamSynchronize(stream), "zeroing");
 }
 
-void limit_memory(at::Device device, std::optional<int64_t> bytes) {
+int64_t open(at::Device device, std::optional<int64_t> bytes) {
+  check_device(device);
+  // The allocator has no devices before.
+  at::globalContext().lazyInitDevice(at::kCUDA);
+  c10::cuda::set_device(device.index());
+  // One for all that this thread does: what it allocated is free for it again without waiting, and nothing that it
+  // does later overtakes what it did before.
+  c10::cuda::setCurrentCUDAStream(c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device.index()));
   size_t free = 0, total = 0;
-  const c10::cuda::CUDAGuard guard(device);
   check(cudaMemGetInfo(&free, &total), "asking for the card's memory");
   const double fraction =
       bytes.has_value() ? std::min(1.0, static_cast<double>(*bytes) / static_cast<double>(total)) : 1.0;
   c10::cuda::CUDACachingAllocator::setMemoryFraction(fraction, device.index());
+  const at::NoGradGuard no_grad;
+  for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
+    const at::Tensor x = at::ones({16, 16}, at::TensorOptions().dtype(dtype).device(device));
+    at::mm(x, x);
+    at::linear(x, x, x.select(0, 0));
+  }
+  check(cudaStreamSynchronize(c10::cuda::getCurrentCUDAStream(device.index()).stream()), "a first product");
+  return memory(device).live;
 }
 
 DeviceMemory memory(at::Device device) {
@@ -349,17 +274,6 @@ DeviceMemory memory(at::Device device) {
 
 void reset_peak(at::Device device) { c10::cuda::CUDACachingAllocator::resetPeakStats(device.index()); }
 void give_back() { c10::cuda::CUDACachingAllocator::emptyCache(); }
-
-struct StreamScope::State {
-  c10::cuda::CUDAStreamGuard guard;
-};
-StreamScope::StreamScope(at::Device device) {
-  // One stream a thread: what it allocated last time is free for it again without waiting.
-  thread_local std::optional<c10::cuda::CUDAStream> stream;
-  if (!stream.has_value()) stream = c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device.index());
-  state_ = std::unique_ptr<State>(new State{c10::cuda::CUDAStreamGuard(*stream)});
-}
-StreamScope::~StreamScope() = default;
 
 std::unique_ptr<Copies> copies(at::Device device, std::shared_ptr<Ranks> ranks, bool over_nccl) {
   return std::make_unique<CudaCopies>(device, std::move(ranks), over_nccl);
@@ -383,13 +297,10 @@ std::string bus_address(at::Device) { refuse(); }
 at::Tensor pinned_bytes(int64_t) { refuse(); }
 void transfer(at::Device, void*, const void*, int64_t) { refuse(); }
 void zero(at::Device, void*, int64_t) { refuse(); }
-void limit_memory(at::Device, std::optional<int64_t>) { refuse(); }
+int64_t open(at::Device, std::optional<int64_t>) { refuse(); }
 DeviceMemory memory(at::Device) { refuse(); }
 void reset_peak(at::Device) { refuse(); }
 void give_back() {}
-struct StreamScope::State {};
-StreamScope::StreamScope(at::Device) { refuse(); }
-StreamScope::~StreamScope() = default;
 std::unique_ptr<Copies> copies(at::Device, std::shared_ptr<Ranks>, bool) { refuse(); }
 
 }  // namespace stroma::engine::cuda

@@ -21,8 +21,12 @@ at::Tensor pinned_bytes(int64_t bytes);
 void transfer(at::Device device, void* to, const void* from, int64_t bytes);
 void zero(at::Device device, void* data, int64_t bytes);
 
-// An imitation of a smaller card; nullopt: all of it.
-void limit_memory(at::Device device, std::optional<int64_t> bytes);
+// Makes it this thread's current device, so that nothing lands on another card's context, with a stream of the thread's
+// own; first thing on a session's thread. Others do not wait for that stream: what they get of a card's is copied
+// first. bytes: an imitation of a smaller card; nullopt: all of it. Takes a second where the process is new to the
+// card. Returns the bytes that are taken on it then: cuBLAS keeps a workspace for each stream from its first product
+// on, which is done here, so that no step meets it.
+int64_t open(at::Device device, std::optional<int64_t> bytes);
 struct DeviceMemory {
   int64_t live = 0, peak = 0;  // bytes of tensors
   int64_t segments = 0;        // times that the driver was asked for memory
@@ -30,17 +34,6 @@ struct DeviceMemory {
 DeviceMemory memory(at::Device device);
 void reset_peak(at::Device device);
 void give_back();  // cached segments, to the driver
-
-// Makes a stream of the session's own the current one of this thread while it lives.
-class StreamScope {
- public:
-  explicit StreamScope(at::Device device);
-  ~StreamScope();
-
- private:
-  struct State;
-  std::unique_ptr<State> state_;
-};
 
 // A stream for each direction, and threads for the disk queues. Instructions of the compute queue are ordered by events
 // of the current stream.

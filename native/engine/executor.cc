@@ -28,10 +28,8 @@ double steady_seconds() {
 
 Executor::Executor(const SessionSpec& spec) : spec_(spec), account_(Account::make()) {
   if (!spec_.device.is_cpu()) {
-    cuda::check_device(spec_.device);
-    cuda::limit_memory(spec_.device, spec_.device_bytes);
-    copies_ = cuda::copies(spec_.device, spec_.ranks, spec_.over_nccl);
-    return;
+    if (!cuda::built()) cuda::check_device(spec_.device);
+    return;  // the rest takes long, and is load()'s, on the session's thread
   }
   if (spec_.device_bytes.has_value()) account_.cap = *spec_.device_bytes;
   if (spec_.ranks && spec_.sim.adversary.has_value())
@@ -114,6 +112,10 @@ void Executor::link(LoadedGraph& loaded) const {
 
 void Executor::load(Graph graph, std::optional<Placement> placement) {
   if (train_) fail("INVALID_ARGUMENT", "[session] a graph is loaded already: one session trains one model");
+  if (!spec_.device.is_cpu()) {
+    library_bytes_ = cuda::open(spec_.device, spec_.device_bytes);
+    copies_ = cuda::copies(spec_.device, spec_.ranks, spec_.over_nccl);
+  }
   auto loaded = std::make_unique<LoadedGraph>();
   const bool staged = placement.has_value() && placement->stages.has_value();
   if (staged && placement->stages->context > 1) spec_.context = placement->stages->context_group();
@@ -267,6 +269,8 @@ void Executor::prepare(const Tape& tape) const {
 }
 
 void Executor::execute(Step& step, const Instruction& at) {
+  const bool passes = at.op == Op::kForward || at.op == Op::kTurn || at.op == Op::kBackward || at.op == Op::kCast;
+  if (!passes && !step.dead) read_losses(step);
   if (step.dead) {
     // Updates that an earlier step left pending are still carried out: their stores follow.
     if (at.op == Op::kUpdate && at.retained) update(step, at);
@@ -342,7 +346,7 @@ void Executor::execute(Step& step, const Instruction& at) {
 std::pair<int64_t, int64_t> Executor::device_memory() const {
   if (spec_.device.is_cpu()) return {account_.live, account_.peak};
   const cuda::DeviceMemory memory = cuda::memory(spec_.device);
-  return {memory.live, memory.peak};
+  return {memory.live - library_bytes_, memory.peak - library_bytes_};
 }
 
 void Executor::reset_device_peak() {
@@ -355,8 +359,6 @@ void Executor::reset_device_peak() {
 void Executor::walk(Step& step, const std::atomic<bool>& cancelled) {
   const Tape& tape = step.tape;
   const AccountScope scope(account_);
-  std::optional<cuda::StreamScope> stream;
-  if (!spec_.device.is_cpu()) stream.emplace(spec_.device);
   std::optional<Profile>& profile = step.result.profile;
   if (step.request.profile) {
     profile.emplace();
@@ -419,10 +421,11 @@ void Executor::walk(Step& step, const std::atomic<bool>& cancelled) {
       }
       copies_->finished(static_cast<int>(i));
     }
+    if (!step.dead) read_losses(step);
     copies_->end(/*abort=*/false);
   } catch (...) {
-    copies_->end(/*abort=*/true);
     if (tape.has_copies) broken_ = true;
+    copies_->end(/*abort=*/true);
     throw;
   }
   step.result.copied = copies_->counts();
@@ -451,6 +454,7 @@ StepResult Executor::step(const StepRequest& request, const std::atomic<bool>& c
     prepared_ = request.tape;
   }
   const double begin = steady_seconds();
+  const int64_t segments = spec_.device.is_cpu() ? 0 : cuda::memory(spec_.device).segments;
   reset_host_peak();
   Step step(request, tape);
   step.slots.resize(tape.slots);
@@ -509,6 +513,7 @@ StepResult Executor::step(const StepRequest& request, const std::atomic<bool>& c
   last_touched_ = std::move(step.touched);
   step.result.begin = begin;
   step.result.seconds = steady_seconds() - begin;
+  if (!spec_.device.is_cpu()) step.result.new_segments = cuda::memory(spec_.device).segments - segments;
   step.result.peak_host_bytes = host_memory().peak;
   step.result.host_bytes = state_->memory().host_bytes();
   return std::move(step.result);

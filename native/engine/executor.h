@@ -29,6 +29,8 @@ struct SessionSpec {
   AdamW optimizer{};
   std::optional<int64_t> device_bytes;  // cap of a simulated device; a CUDA device's share that may be used
   SimOptions sim;
+  // Losses are read at the end of a visit: on a device of its own, reading one waits for all that was issued before.
+  bool reads_late = false;
   std::string disk_folder;
   std::shared_ptr<Ranks> ranks;  // null: this session trains alone
   bool over_nccl = false;        // what ranks exchange; else over Gloo
@@ -65,6 +67,7 @@ struct StepResult {
   double begin = 0, seconds = 0;
   CopyCounts copied;
   int64_t peak_host_bytes = 0, peak_device_bytes = 0, host_bytes = 0;
+  int64_t new_segments = 0;  // times that a card's driver was asked for memory
   std::optional<Profile> profile;
 };
 
@@ -150,6 +153,7 @@ class Executor {
   void store_outputs(Step& step, const Instruction& at, const Kept& ran);
   void backward(Step& step, const Instruction& at, const Kept& ran);
   void record_loss(Step& step, const Instruction& at, const Kept& ran);
+  void read_losses(Step& step);
   void cast(Step& step, const Instruction& at);
   at::Tensor summed(const Step& step, const Instruction& at, const Parameter& parameter, bool form) const;
   at::Tensor user_sums(const Step& step, const Instruction& at, const Parameter& parameter, bool form) const;
@@ -167,6 +171,7 @@ class Executor {
   SessionSpec spec_;
   std::map<std::string, std::string> groups_;  // symbols of the graph: names in c10d's registry
   Account& account_;
+  int64_t library_bytes_ = 0;  // of a card, before anything of this session's
   std::unique_ptr<Copies> copies_;
   std::unique_ptr<LoadedGraph> train_;
   std::unique_ptr<ModelState> state_;

@@ -60,7 +60,11 @@ at::Tensor Memory::view(const Place& place, int64_t offset_bytes, at::IntArrayRe
   if (place.space == Space::kDisk || place.space == Space::kSlot || offset_bytes + bytes > place.bytes)
     fail("TAPE", "[tape] a tensor of ", bytes, " bytes at ", offset_bytes, " does not fit its place of ", place.bytes);
   const at::Device where = place.space == Space::kDevice ? on_ : at::Device(at::kCPU);
-  return at::from_blob(address(place) + offset_bytes, sizes, at::TensorOptions().dtype(dtype).device(where));
+  // The device is told: else a card's driver would be asked for each view.
+  return at::for_blob(address(place) + offset_bytes, sizes)
+      .options(at::TensorOptions().dtype(dtype).device(where))
+      .target_device(where)
+      .make_tensor();
 }
 
 void Memory::access(const Place& place, int64_t offset_bytes, void* data, int64_t bytes, bool write) const {

@@ -7,9 +7,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "engine/error.h"
 #include "engine/step.h"
+#include "kernels/unit_seed.h"
 
 namespace stroma::engine {
 namespace {
@@ -177,13 +179,32 @@ void Executor::record_loss(Step& step, const Instruction& at, const Kept& ran) {
   for (size_t o = 0; o < ran.outputs.size(); ++o) {
     const int term = loss_of(train_->graph, at.block, static_cast<int>(o));
     if (term < 0) continue;
-    const double value = ran.outputs[o].item<double>();
-    step.losses[term][at.micro_batch] = value;
-    if (!std::isfinite(value) && step.result.finite) {
+    step.unread.push_back({term, at.micro_batch, ran.outputs[o].detach()});
+  }
+  if (!spec_.reads_late) read_losses(step);
+}
+
+// All that were computed since the last time, in one wait. The first that is not finite ends the step, as if those
+// after it had not run.
+void Executor::read_losses(Step& step) {
+  if (step.unread.empty()) return;
+  const auto unread = std::exchange(step.unread, {});
+  const at::NoGradGuard no_grad;
+  std::vector<at::Tensor> losses;
+  for (const Step::Unread& each : unread) losses.push_back(each.loss.to(at::kDouble).view({1}));
+  const at::Tensor values = at::cat(losses).to(at::kCPU);
+  for (size_t i = 0; i < unread.size(); ++i) {
+    const double value = values.const_data_ptr<double>()[i];
+    step.losses[unread[i].term][unread[i].micro_batch] = value;
+    if (std::isfinite(value)) continue;
+    if (step.result.finite) {
       step.result.finite = false;
-      step.result.non_finite_micro_batch = at.micro_batch;
+      step.result.non_finite_micro_batch = unread[i].micro_batch;
       step.result.non_finite_loss = value;
     }
+    if (in_step(step)) continue;
+    step.dead = true;
+    return;
   }
 }
 
@@ -215,13 +236,16 @@ void Executor::backward(Step& step, const Instruction& at, const Kept& ran) {
   const BlockSpec& block = train_->graph.blocks[at.block];
   const auto& specs = train_->programs[block.program].spec();
   std::vector<at::Tensor> outputs, seeds;
+  UnitSeeds ones;
   for (size_t o = 0; o < ran.outputs.size(); ++o) {
     const at::Tensor& y = ran.outputs[o];
     if (!y.requires_grad()) continue;
     const int term = loss_of(train_->graph, at.block, static_cast<int>(o));
     if (term >= 0) {
       outputs.push_back(y);
-      seeds.push_back(at::scalar_tensor(train_->graph.losses[term].weight, y.options().requires_grad(false)));
+      const double weight = train_->graph.losses[term].weight;
+      seeds.push_back(at::scalar_tensor(weight, y.options().requires_grad(false)));
+      if (weight == 1) ones.add(seeds.back());
     } else if (o < at.d_out.size() && at.d_out[o] >= 0) {
       outputs.push_back(y);
       seeds.push_back(boundary(step, at.d_out[o], at.micro_batch, at.block, static_cast<int>(o), y.scalar_type()));

@@ -18,6 +18,11 @@ struct Executor::Step {
   std::vector<int64_t> counts;             // by loss term, over all micro-batches
   std::vector<std::vector<int64_t>> micro_counts;
   std::vector<std::vector<std::optional<double>>> losses;  // by loss term, micro-batch
+  struct Unread {
+    int term, micro_batch;
+    at::Tensor loss;
+  };
+  std::vector<Unread> unread;  // in the order of their passes
   // By parameter; undefined where untouched: of what this rank holds, and once the ranks have exchanged them of all.
   std::vector<at::Tensor> own_norms, norms;
   Pending next;  // what this step will leave

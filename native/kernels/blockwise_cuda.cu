@@ -84,7 +84,11 @@ struct DeviceMaps {
 template <typename Map>
 at::Tensor upload(const Map& map, c10::Device device) {
   at::Tensor bytes = at::empty({sizeof(Map)}, at::TensorOptions().dtype(at::kByte).device(device));
-  C10_CUDA_CHECK(cudaMemcpy(bytes.mutable_data_ptr(), &map, sizeof(Map), cudaMemcpyHostToDevice));
+  // On the current stream, which these bytes may have been freed on a moment ago and which other streams do not wait
+  // for; and done, since whoever comes next may be on another.
+  const auto stream = c10::cuda::getCurrentCUDAStream(device.index());
+  C10_CUDA_CHECK(cudaMemcpyAsync(bytes.mutable_data_ptr(), &map, sizeof(Map), cudaMemcpyHostToDevice, stream));
+  C10_CUDA_CHECK(cudaStreamSynchronize(stream));
   return bytes;
 }
 const DeviceMaps& maps_on(c10::Device device) {

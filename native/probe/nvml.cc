@@ -13,6 +13,7 @@ struct MemoryInfo {
 };
 constexpr unsigned kNameBytes = 96;     // NVML_DEVICE_NAME_V2_BUFFER_SIZE
 constexpr unsigned kVersionBytes = 80;  // NVML_SYSTEM_DRIVER_VERSION_BUFFER_SIZE
+constexpr unsigned kUuidBytes = 96;     // NVML_DEVICE_UUID_V2_BUFFER_SIZE
 
 template <typename Function>
 Function symbol(void* library, const char* name) {
@@ -37,6 +38,7 @@ Gpus read_gpus() {
   const auto count = symbol<Status (*)(unsigned*)>(library, "nvmlDeviceGetCount_v2");
   const auto handle = symbol<Status (*)(unsigned, Device*)>(library, "nvmlDeviceGetHandleByIndex_v2");
   const auto name = symbol<Status (*)(Device, char*, unsigned)>(library, "nvmlDeviceGetName");
+  const auto uuid = symbol<Status (*)(Device, char*, unsigned)>(library, "nvmlDeviceGetUUID");
   const auto memory = symbol<Status (*)(Device, MemoryInfo*)>(library, "nvmlDeviceGetMemoryInfo");
   const auto capability = symbol<Status (*)(Device, int*, int*)>(library, "nvmlDeviceGetCudaComputeCapability");
   const auto explain = [&](Status status) {
@@ -68,6 +70,7 @@ Gpus read_gpus() {
     Gpu gpu;
     gpu.index = index;
     if (name != nullptr && name(device, text, kNameBytes) == 0) gpu.name = text;
+    if (uuid != nullptr && uuid(device, text, kUuidBytes) == 0) gpu.uuid = text;
     if (MemoryInfo info = {}; memory != nullptr && memory(device, &info) == 0) {
       gpu.memory_bytes = info.total;
       gpu.free_bytes = info.free;

@@ -9,7 +9,7 @@ namespace stroma::probe {
 
 struct Gpu {
   unsigned index = 0;
-  std::string name;
+  std::string name, uuid;
   uint64_t memory_bytes = 0;
   uint64_t free_bytes = 0;
   std::string compute_capability;  // "9.0"; empty where the driver does not say

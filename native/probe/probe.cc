@@ -125,6 +125,7 @@ napi_value report(napi_env env, const std::string& root) {
     napi_value item = write.object();
     write.set(item, "index", write.make(uint64_t{gpu.index}));
     write.set(item, "name", write.make(gpu.name));
+    if (!gpu.uuid.empty()) write.set(item, "uuid", write.make(gpu.uuid));
     write.set(item, "memoryBytes", write.make(gpu.memory_bytes));
     write.set(item, "freeBytes", write.make(gpu.free_bytes));
     write.set(item, "computeCapability", write.make(gpu.compute_capability));

@@ -3,7 +3,7 @@ import { existsSync } from "node:fs";
 import { join } from "node:path";
 import { ensureDist, ensureNodeModules, ensureOpTypes, isCheckout } from "./checkout.mjs";
 import { CPU_VERSION, CUDA_VERSIONS, chooseLibtorch, describe, inspectTorch } from "./libtorch.mjs";
-import { buildAddon, buildProbe, currentRecord, hasGpu, makeCurrent } from "./native.mjs";
+import { buildAddon, buildProbe, currentRecord, hasGpu, makeCurrent, probe } from "./native.mjs";
 import { SetupError, say, withLock } from "./process.mjs";
 import { cacheDir } from "./python.mjs";
 import { root } from "./record.mjs";
@@ -57,6 +57,16 @@ function findCurrent(cuda, pinned) {
   return null;
 }
 
+/** What to tell before a build of minutes that the driver here could not run; null: nothing. */
+export function driverTooOld(torch, machine) {
+  const runs = machine?.driver?.cuda;
+  if (!torch.cuda || !runs || Number.parseInt(runs, 10) >= Number.parseInt(torch.cuda, 10)) return null;
+  return (
+    `the driver here (${machine.driver.version}) runs CUDA ${runs}, and this libtorch is for CUDA ${torch.cuda}: update the driver, or ` +
+    `take a libtorch for CUDA ${Number.parseInt(runs, 10)} (STROMA_LIBTORCH=FOLDER, or --pip-args '--index-url URL')`
+  );
+}
+
 /**
  * Probe, libtorch, addon; makes the build current. cuda undefined: the CUDA build where there is an NVIDIA GPU.
  * forTests: the CPU build of the version that tests compare with; what is current stays so.
@@ -77,6 +87,8 @@ export async function setupNative({ cuda, force = false, forTests = false, pipAr
       chooseLibtorch({ cuda: wantsCuda, pinned: forTests, pipArgs }),
     );
     say(`stroma: using ${describe(torch)} in ${torch.path}`);
+    const old = driverTooOld(torch, probe());
+    if (old) say(`stroma: ${old}`);
     const record = await buildAddon(torch, { cuda: wantsCuda, force, pipArgs });
     return choose(record);
   });

@@ -1,5 +1,6 @@
 /** The half of `stroma doctor` that may crash: one JSON line when a link begins and one when it ends. */
 import { readFileSync, writeSync } from "node:fs";
+import { type Device, machineFacts, visibleCards, whyNoCard } from "../device.js";
 import { currentBuild, loadAddon } from "../native.js";
 import type { Batch } from "../train/native-session.js";
 import type { Check, ChildLine, ChildLink } from "./doctor.js";
@@ -58,38 +59,43 @@ function openmp(): Result {
 /** No GPU never fails: training runs on the CPU. It is said what stands between this build and a GPU. */
 async function gpu(): Promise<Result> {
   const { cuda } = currentBuild().libtorch;
-  const { probeMachine } = await import("../native.js");
-  const machine = probeMachine();
-  const cards = machine?.gpus.length ?? 0;
+  const facts = machineFacts();
+  const cards = visibleCards(facts);
+  const none = whyNoCard(facts, cards);
   if (cuda === null) {
-    const cure = cards > 0 ? `${SETUP} --cuda` : null;
-    return { ok: true, detail: cards > 0 ? `${cards} GPU, but this is a CPU build` : "CPU build, no GPU", cure };
+    const here = cards.length;
+    return {
+      ok: true,
+      detail: here > 0 ? `${here} GPU, but this is a CPU build` : "CPU build, no GPU",
+      cure: here > 0 ? `${SETUP} --cuda` : null,
+    };
   }
   const { tensor } = await import("../tensor/index.js");
   let works = 0;
-  let why = "";
-  for (let index = 0; index < Math.max(1, cards); index++) {
+  let why = none === null ? "" : String(none.details.why);
+  for (const { device } of cards.length > 0 ? cards : [{ device: "cuda:0" as const }]) {
     try {
-      const x = tensor([1, 2], { device: `cuda:${index}` });
+      const x = tensor([1, 2], { device });
       if (JSON.stringify((x as unknown as { toArray(): unknown }).toArray()) === "[1,2]") works++;
     } catch (error) {
-      why = (error as Error).message.split("\n")[0] ?? "";
+      why ||= (error as Error).message.split("\n")[0] ?? "";
       break;
     }
   }
+  const driver = facts.probe?.driver ?? null;
   if (works > 0) {
+    const out = cards.filter((c) => c.unusable !== null).map((c) => `${c.device} is left out: ${c.unusable}`);
     return {
       ok: true,
-      detail: `CUDA ${cuda} runs on ${works} GPU, driver ${machine?.driver?.version}`,
+      detail: [`CUDA ${cuda} runs on ${works} GPU, driver ${driver?.version}`, ...out].join("; "),
       cure: null,
       cudaDevices: works,
     };
   }
-  const none = machine === null || machine.driver === null;
   return {
     ok: true,
-    detail: `CUDA build, ${none ? "no driver" : `driver ${machine.driver?.version}, but no GPU runs`}: ${why}`,
-    cure: `training runs on the CPU; for a GPU install an NVIDIA driver that runs CUDA ${cuda}`,
+    detail: `CUDA build, ${driver === null ? "no driver" : `driver ${driver.version}, but no GPU runs`}: ${why}`,
+    cure: `training runs on the CPU; ${none === null ? `for a GPU install an NVIDIA driver that runs CUDA ${cuda}` : `for a GPU: ${String(none.details.cure)}`}`,
   };
 }
 
@@ -101,7 +107,23 @@ function nccl(): Result {
   return { ok: true, detail: "none in this build: ranks on cards exchange over Gloo, through the host", cure };
 }
 
+/** Two steps of the tiny model, on the processors and on every card that can be used. */
 async function trainingStep(): Promise<Result> {
+  const cards =
+    currentBuild().libtorch.cuda === null || whyNoCard(machineFacts()) !== null ? [] : visibleCards(machineFacts());
+  const devices: Device[] = ["cpu", ...cards.filter((c) => c.unusable === null).map((c) => c.device)];
+  const said: string[] = [];
+  for (const device of devices) {
+    const [first = Number.NaN, second = Number.NaN] = await twoSteps(device);
+    const on = devices.length === 1 ? "" : ` on ${device}`;
+    said.push(`loss ${first.toFixed(4)}, ${second.toFixed(4)}${on}`);
+    if (!(second < first)) return { ok: false, detail: `${STEPS}: ${said.join("; ")}`, cure: `${SETUP} --force` };
+  }
+  return { ok: true, detail: `${STEPS}: ${said.join("; ")}`, cure: null };
+}
+const STEPS = "two steps of the tiny model";
+
+async function twoSteps(device: Device): Promise<number[]> {
   const { findModel } = await import("../models/registry.js");
   const { planResident } = await import("../plan/planner.js");
   const graph = findModel("tiny").graph({ mode: "train" });
@@ -114,7 +136,7 @@ async function trainingStep(): Promise<Result> {
     batch[name] = { dtype, shape: dims, data: BigInt64Array.from({ length: elements }, (_, i) => BigInt(i % 7)) };
   }
   const session = loadAddon().createSession({
-    device: "cpu",
+    device,
     dtype: "float32",
     threads: 0,
     optimizer: { kind: "adamw", beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weightDecay: 0.1 },
@@ -135,15 +157,9 @@ async function trainingStep(): Promise<Result> {
       });
       losses.push(result.loss);
     }
-    const [first = Number.NaN, second = Number.NaN] = losses;
-    const ok = second < first;
-    return {
-      ok,
-      detail: `two steps of the tiny model: loss ${first.toFixed(4)}, ${second.toFixed(4)}`,
-      cure: ok ? null : `${SETUP} --force`,
-    };
+    return losses;
   } finally {
-    session.dispose();
+    await session.dispose();
   }
 }
 

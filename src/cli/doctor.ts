@@ -8,6 +8,7 @@ import { cpus } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import type { CommandModule } from "yargs";
+import { type Device, machineFacts, visibleCards } from "../device.js";
 import { StromaError } from "../errors.js";
 import {
   type BuildRecord,
@@ -28,7 +29,7 @@ export interface Check {
 }
 
 export interface DoctorDevice {
-  device: string;
+  device: Device;
   name: string;
   memoryBytes: number;
   /** Can the build in use train on it? */
@@ -63,17 +64,29 @@ export const doctorCommand: CommandModule<object, { json?: boolean; measure?: bo
       json: { type: "boolean", describe: "One JSON object instead of a table" },
       measure: {
         type: "boolean",
-        describe: "Also time processors, memory and disk (half a minute) and keep the result for stroma plan",
+        describe:
+          "Also time processors, memory, disk and each kind of card (half a minute each), and keep the results for plans",
       },
     }),
   handler: async (args) => {
     const report = await runDoctor();
-    const measured = args.measure && report.ok ? (await import("../plan/measure.js")).measureMachine() : null;
-    const text = table(report) + (measured === null ? "" : measuredText(measured));
-    process.stdout.write(args.json ? `${JSON.stringify({ ...report, ...(measured && { measured }) })}\n` : text);
+    const measured = args.measure && report.ok ? await measure(report) : null;
+    const text = table(report) + (measured ?? []).map(measuredText).join("");
+    const [processors, ...cards] = measured ?? [];
+    const said = { ...report, ...(processors && { measured: processors, measuredCards: cards }) };
+    process.stdout.write(args.json ? `${JSON.stringify(said)}\n` : text);
     process.exitCode = report.ok ? 0 : 3;
   },
 };
+
+/** Of the processors, then of one card of each name that can be used. */
+async function measure({ devices }: DoctorReport): Promise<MachineProfile[]> {
+  const { measureMachine } = await import("../plan/measure.js");
+  const { measureCard } = await import("../plan/measure-card.js");
+  const cards = devices.filter(({ device, usable }) => device !== "cpu" && usable);
+  const kinds = [...new Map(cards.toReversed().map((card) => [card.name, card])).values()];
+  return [measureMachine(), ...kinds.map(({ device, name }) => measureCard(device, name))];
+}
 
 export async function runDoctor(options: { child?: string } = {}): Promise<DoctorReport> {
   const checks: Check[] = [];
@@ -274,23 +287,29 @@ function devices(machine: ProbeReport | null, record: BuildRecord | null, trains
   const found: DoctorDevice[] = [
     { device: "cpu", name: cpus()[0]?.model.trim() ?? process.arch, memoryBytes, usable: trains },
   ];
-  for (const gpu of machine?.gpus ?? []) {
+  const { visible } = machineFacts();
+  for (const [n, card] of visibleCards({ probe: machine, build: record?.libtorch ?? null, visible }).entries()) {
     found.push({
-      device: `cuda:${gpu.index}`,
-      name: gpu.name,
-      memoryBytes: gpu.memoryBytes,
-      usable: trains && record?.libtorch.cuda != null && gpu.index < cudaDevices,
+      device: card.device,
+      name: card.name ?? "a card",
+      memoryBytes: card.memoryBytes ?? 0,
+      usable: trains && record?.libtorch.cuda != null && card.unusable === null && n < cudaDevices,
     });
   }
   return found;
 }
 
-function measuredText({ gemm, deviceMemory, diskRead, diskWrite, threads }: MachineProfile): string {
+function measuredText(profile: MachineProfile): string {
+  const { gemm, deviceMemory, hostToDevice, deviceToHost, diskRead, diskWrite, threads } = profile;
+  const card = profile.device === "cuda";
   const rate = (n: number) => (n / 1e9).toPrecision(3);
   const products = Object.entries(gemm).map(([dtype, { flops }]) => `${dtype} ${rate(flops)}`);
   return (
-    `\nMeasured with ${threads} threads: products ${products.join(", ")} GFLOP/s; memory ${rate(deviceMemory)} GB/s; ` +
-    `disk ${rate(diskRead)} GB/s read, ${rate(diskWrite)} written. stroma plan uses it.\n`
+    `\nMeasured ${card ? profile.name : `with ${threads} threads`}: products ${products.join(", ")} GFLOP/s; memory ${rate(deviceMemory)} GB/s; ` +
+    (card
+      ? `to the card ${rate(hostToDevice)} GB/s, from it ${rate(deviceToHost)}; a kernel begins in ${(profile.operatorSeconds * 1e6).toPrecision(2)} us; `
+      : "") +
+    `disk ${rate(diskRead)} GB/s read, ${rate(diskWrite)} written. Plans use it.\n`
   );
 }
 

@@ -52,7 +52,7 @@ export const evalCommand: CommandModule<object, Record<string, unknown>> = {
           `stroma: ${dataset.name} has changed since the run: what is held out now may have been trained on\n`,
         );
     }
-    await using model = await loadModel(path, { threads: flags.threads });
+    await using model = await loadModel(path, { device: flags.device, threads: flags.threads });
     const { sequenceLength, microBatchSize, microBatches } = flags;
     const result = await model.evaluate(dataset, {
       ...(sequenceLength === undefined ? {} : { sequenceLength }),
@@ -62,12 +62,20 @@ export const evalCommand: CommandModule<object, Record<string, unknown>> = {
     });
     const seconds = (performance.now() - started) / 1000;
     if (flags.json === true) {
-      const event = { event: "eval", step: model.step, ...result, data: dataset.name, checkpoint: model.path, seconds };
+      const event = {
+        event: "eval",
+        step: model.step,
+        ...result,
+        data: dataset.name,
+        checkpoint: model.path,
+        device: model.device,
+        seconds,
+      };
       process.stdout.write(`${JSON.stringify(event)}\n`);
     } else {
       const bits = result.bitsPerByte === null ? "" : `, ${result.bitsPerByte.toFixed(4)} bits per byte`;
       process.stdout.write(
-        `${model.name} at ${model.path}\n` +
+        `${model.name} at ${model.path}, on ${model.device}${model.deviceReason === null ? "" : ` (${model.deviceReason})`}\n` +
           `held-out ${dataset.name}: loss ${formatLoss(result.loss)}${bits} (${formatCount(result.tokens)} tokens, ${formatDuration(seconds)})\n`,
       );
     }

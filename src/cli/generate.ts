@@ -27,7 +27,7 @@ export const generateCommand: CommandModule<object, Record<string, unknown>> = {
     const prompt = given === "-" ? await readStdin() : given;
     using signals = new StopSignals(() => {});
     const { loadModel } = await import("../generate/load-model.js");
-    await using model = await loadModel(path, { threads: flags.threads });
+    await using model = await loadModel(path, { device: flags.device, threads: flags.threads });
     const { maxTokens = 256, temperature, topK, topP, seed } = flags;
     const started = performance.now();
     const pieces = model.stream(prompt, {
@@ -49,7 +49,8 @@ export const generateCommand: CommandModule<object, Record<string, unknown>> = {
       else show(piece);
     }
     const seconds = (performance.now() - started) / 1000;
-    if (flags.json === true) say({ event: "done", prompt, text, checkpoint: model.path, step: model.step, seconds });
+    if (flags.json === true)
+      say({ event: "done", prompt, text, checkpoint: model.path, step: model.step, device: model.device, seconds });
     else if (!text.endsWith("\n")) process.stdout.write("\n");
     process.exitCode = EXIT.ok;
   },

@@ -1,4 +1,6 @@
 /** Whether this process trains alone, starts ranks, or is one: from the flags, the environment and the machine. */
+
+import { type CardDevice, type MachineFacts, machineFacts, visibleCards, whyNoCard } from "../device.js";
 import {
   ATTEMPT,
   type Environment,
@@ -7,16 +9,13 @@ import {
   rankFromEnvironment,
 } from "../distributed/environment.js";
 import { StromaError } from "../errors.js";
-import { type ProbeReport, probeMachine } from "../native.js";
 import { DEFAULT_RANK_TIMEOUT, type TrainFlags } from "./options.js";
 
-type Card = `cuda:${number}`;
-
 export type DistributedPlan =
-  | { mode: "single"; device?: Card }
+  | { mode: "single"; device?: CardDevice }
   | { mode: "launch"; ranks: number }
   /** `timeoutSeconds`: of silence, after which a rank counts as lost. */
-  | { mode: "rank"; spec: RankSpec; device?: Card; timeoutSeconds: number };
+  | { mode: "rank"; spec: RankSpec; device?: CardDevice; timeoutSeconds: number };
 
 export type RankFlags = Pick<
   TrainFlags,
@@ -36,8 +35,11 @@ export function distributedPlan(
   const { ranks, gpus, device, restart = 0, rankTimeout, transport } = flags;
   const onCards = gpus !== undefined || flags.distributed === true;
   const asked = gpus !== undefined ? `--gpus ${gpus}` : "--distributed";
-  if (onCards && device !== undefined)
-    throw config(`${asked} trains on cards, and --device ${device} is given: leave one out`);
+  const card = device === "cuda" || device?.startsWith("cuda:");
+  if (onCards && device !== undefined && device !== "auto" && device !== "cuda")
+    throw config(
+      `${asked} trains on ${gpus === 1 ? "a card" : "cards"}, and --device ${device} is given: leave one out${card ? "; CUDA_VISIBLE_DEVICES says which cards" : ""}`,
+    );
 
   const spec = rankFromEnvironment(env);
   if (spec !== null) {
@@ -53,6 +55,7 @@ export function distributedPlan(
       );
     if (restart > 0 && launcher !== "stroma")
       throw config(`--restart ${restart} is for ranks that stroma starts; ${by} started these. ${RESTARTS[launcher]}`);
+    if (card && !onCards && size > 1) throw onOneCard(device!, `${by} started ${size} ranks`);
     return {
       mode: "rank",
       spec,
@@ -73,6 +76,7 @@ export function distributedPlan(
     throw config(
       `--ranks ${ranks} and ${asked}: one rank a card makes ${wanted}, and ${ranks} is not ${wanted}. Leave --ranks out`,
     );
+  if (card && !onCards && wanted > 1) throw onOneCard(device!, `--ranks ${wanted}`);
   // A launcher started this one process, to start it again after a failure.
   const launched = env[ATTEMPT] !== undefined && env[ATTEMPT] !== "";
   if (wanted === 1 && rankTimeout !== undefined)
@@ -83,8 +87,13 @@ export function distributedPlan(
   return { mode: "launch", ranks: wanted };
 }
 
+const onOneCard = (device: string, who: string): StromaError =>
+  config(
+    `${who} and --device ${device}: all ranks would be on one card. --gpus N, or --distributed, gives each its own`,
+  );
+
 /** The rank's own card; the only one, where the launcher shows each rank one alone. */
-function cardOf({ localRank, localSize }: RankSpec, asked: string, available: number): Card {
+function cardOf({ localRank, localSize }: RankSpec, asked: string, available: number): CardDevice {
   if (available >= localSize) return `cuda:${localRank}`;
   if (available === 1) return "cuda:0";
   throw config(
@@ -93,23 +102,15 @@ function cardOf({ localRank, localSize }: RankSpec, asked: string, available: nu
 }
 
 /**
- * Cards that this process may use: those of the machine, as far as CUDA_VISIBLE_DEVICES shows them.
- * @throws NOT_SET_UP where the probe that asks the driver is not built
+ * Cards that this process may train on: of those of the machine that CUDA_VISIBLE_DEVICES shows.
+ * @throws NOT_SET_UP where it is not the lack of cards that is in the way: no probe, no CUDA build, a driver too old for it
  */
-export function countCards(env: Environment = process.env, machine: ProbeReport | null = probeMachine()): number {
-  if (machine === null)
-    throw new StromaError(
-      "NOT_SET_UP",
-      "[cli] nothing can count the cards of this machine yet. Run `npx stroma setup`",
-    );
-  const visible = env.CUDA_VISIBLE_DEVICES;
-  if (visible === undefined) return machine.gpus.length;
-  // CUDA takes the list up to the first entry that names no card; names (GPU-…, MIG-…) are taken on trust.
-  const listed = visible.split(",").map((entry) => entry.trim());
-  const end = listed.findIndex(
-    (entry) => !(/^(?:GPU|MIG)-/.test(entry) || (/^\d+$/.test(entry) && Number(entry) < machine.gpus.length)),
-  );
-  return machine.gpus.length === 0 ? 0 : end === -1 ? listed.length : end;
+export function countCards(env: Environment = process.env, facts: MachineFacts = machineFacts(env)): number {
+  const cards = visibleCards(facts);
+  const none = whyNoCard(facts, cards);
+  if (none === null) return cards.filter((card) => card.unusable === null).length;
+  if (none.code === "NOT_SET_UP" && (facts.probe === null || cards.length > 0)) throw none;
+  return 0;
 }
 
 const BY: Readonly<Record<Launcher, string>> = {

@@ -7,6 +7,7 @@
  */
 import type { Options as YargsOption } from "yargs";
 import { z } from "zod";
+import { DEVICE_EXPECTS, DEVICE_PATTERN, type DeviceOption } from "../device.js";
 import { TRANSPORTS } from "../distributed/transport.js";
 import { invalidArgument, StromaError } from "../errors.js";
 import { SCHEDULE_KINDS } from "../optim/schedules.js";
@@ -294,12 +295,14 @@ export const trainOptions = {
     commandLineOnly: true,
   }),
 
-  device: choice(
-    MACHINE,
-    ["cpu", "sim"],
-    "sim: a test instrument, a simulated card in this machine's memory that ends at --device-memory; it shows what fits, not how fast",
-    "cpu",
-  ),
+  device: declare({
+    schema: z.string().regex(DEVICE_PATTERN) as unknown as z.ZodType<DeviceOption>,
+    expects: DEVICE_EXPECTS,
+    help: "auto: the first card that can be used, else cpu. cuda:1: the second card. sim: a test instrument, a simulated card in this machine's memory that ends at --device-memory; it shows what fits, not how fast",
+    group: MACHINE,
+    default: "auto",
+    example: "sim",
+  }),
   dtype: choice(MACHINE, ["float32", "float64", "bfloat16"], "What blocks compute in", "as --precision says"),
   threads: declare({
     schema: number((v) => Number.isSafeInteger(v) && v >= 0 && v <= MAX_THREADS),
@@ -442,7 +445,7 @@ export const trainOptions = {
 export type Flags<S extends Specs> = { [K in keyof S]?: z.output<S[K]["schema"]> };
 export type TrainFlags = Flags<typeof trainOptions>;
 
-const { threads, json, data } = trainOptions;
+const { device, threads, json, data } = trainOptions;
 const FROM = "Model";
 const checkpoint = declare({
   schema: text,
@@ -459,6 +462,7 @@ export const evalOptions = {
   sequenceLength: { ...trainOptions.sequenceLength, group: FROM, default: "the run's" },
   microBatchSize: { ...trainOptions.microBatchSize, group: FROM, default: 8 },
   microBatches: count(FROM, 1, "End after so many micro-batches. Default: the whole held-out split", null, 64),
+  device,
   threads,
   json,
 } as const satisfies Specs;
@@ -493,6 +497,7 @@ export const generateOptions = {
     example: "0.9",
   }),
   seed: count(TEXT, 0, "Of the draws", 0, 1),
+  device,
   threads,
   json,
 } as const satisfies Specs;

@@ -1,5 +1,4 @@
 /** `stroma plan`: whether a model trains on a machine, where every byte would live, and how fast. Needs no libtorch. */
-import { totalmem } from "node:os";
 import type { CommandModule } from "yargs";
 import { StromaError } from "../errors.js";
 import type { Graph } from "../graph/types.js";
@@ -9,9 +8,10 @@ import { type AutoPlan, type PlanRequest, planAuto } from "../plan/auto.js";
 import { planRanksAuto } from "../plan/auto-ranks.js";
 import { parseSize } from "../plan/budget.js";
 import { readMeasured } from "../plan/measured.js";
-import { findProfile, type MachineProfile, profileNames, profileOfCard } from "../plan/profiles.js";
+import { cardProfile, findProfile, type MachineProfile, profileNames } from "../plan/profiles.js";
 import { STAGE_RULES, type StageRule } from "../plan/stages.js";
 import type { Recompute, StateFormat } from "../plan/types.js";
+import { processMemory } from "../train/resources.js";
 import { ranksTapeText, ranksText } from "./plan-ranks-report.js";
 import { planText, tapeText } from "./plan-report.js";
 import { scalePlan } from "./plan-scale.js";
@@ -200,22 +200,20 @@ function profileFor(args: PlanArguments, machine: ProbeReport | null, notes: str
   if (args.profile !== undefined) return findProfile(args.profile);
   const card = machine?.gpus[0];
   if (card === undefined && args["device-memory"] === undefined) return readMeasured() ?? findProfile("cpu");
-  const known = card === undefined ? null : profileOfCard(card.name);
-  if (known !== null) return known;
-  notes.push(
-    card === undefined
-      ? "no card is here: speed is that of an RTX 4090 (--profile names another)"
-      : `${card.name} has no profile: speed is that of an RTX 4090 (--profile names another)`,
-  );
-  return findProfile("rtx4090");
+  if (card === undefined) {
+    notes.push("no card is here: speed is that of an RTX 4090 (--profile names another)");
+    return findProfile("rtx4090");
+  }
+  const measured = readMeasured(card.name);
+  if (measured !== null) return measured;
+  const { profile, guess } = cardProfile(card.name);
+  if (guess !== null) notes.push(`${guess}; --profile names another`);
+  return profile;
 }
 
 /** Given sizes, else this machine's: the card's memory, and what the cgroup leaves of the host's. */
 function budgetFor(args: PlanArguments, profile: MachineProfile, machine: ProbeReport | null): PlanRequest["budget"] {
-  const memory = Math.min(
-    machine?.memory.totalBytes ?? totalmem(),
-    machine?.memory.cgroupBytes ?? Number.POSITIVE_INFINITY,
-  );
+  const memory = processMemory(machine);
   const given = (name: "device-memory" | "host-memory" | "disk") =>
     args[name] === undefined ? undefined : parseSize(args[name], `--${name}`);
   const diskBytes = given("disk")!;

@@ -196,6 +196,10 @@ export async function follow(create: () => Promise<RunsOnce>, view: View): Promi
   return { done, status: signals.received === "SIGINT" && done?.reason !== "steps" ? EXIT.interrupted : EXIT.ok };
 }
 
+/** Of the first of several ranks. */
+const deviceOfRanks = ({ gpus, distributed, device }: TrainFlags): TrainerOptions["device"] =>
+  gpus !== undefined || distributed === true ? "cuda:0" : device === undefined || device === "auto" ? "cpu" : device;
+
 export const trainCommand: CommandModule<object, Record<string, unknown>> = {
   command: "train",
   describe: "Train a model, or resume a run",
@@ -226,7 +230,9 @@ export const trainCommand: CommandModule<object, Record<string, unknown>> = {
     if (plan.mode !== "launch" && plan.device !== undefined) options.device = plan.device;
     if (typeof options.model === "string") checkModelName(options.model);
     const first = plan.mode !== "rank" || plan.spec.rank === 0;
-    if (plan.mode === "launch" && flags.resume === undefined) resolveOptions(options); // told once, not by every rank
+    // Told once, not by every rank.
+    if (plan.mode === "launch" && flags.resume === undefined)
+      resolveOptions({ ...options, device: deviceOfRanks(flags) });
     if (first && options.outputDir !== undefined && flags.resume === undefined) await makeOutputDir(options.outputDir);
     if (plan.mode === "launch") {
       process.exitCode = await launchTraining({ ...plan, restart: flags.restart }, json);

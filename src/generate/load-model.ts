@@ -6,9 +6,11 @@ import { loadPretrained } from "../checkpoint/pretrained.js";
 import { openCheckpoint, readGraph, restoreSession } from "../checkpoint/read.js";
 import { ByteTokenizer } from "../data/tokenizer.js";
 import type { Dataset, Tokenizer } from "../data/types.js";
+import type { Device, DeviceOption } from "../device.js";
 import { invalidArgument, StromaError } from "../errors.js";
-import type { Graph } from "../graph/types.js";
+import type { DType, Graph } from "../graph/types.js";
 import { validateGraph } from "../graph/validate.js";
+import { dtypeBytes } from "../graph/value.js";
 import { EVAL, type EvaluateOptions, type EvaluateResult, evaluateSession } from "../train/evaluate.js";
 import { gate, type Runner } from "../train/gate.js";
 import { resolveModel } from "../train/model-source.js";
@@ -19,8 +21,8 @@ import { contextLength } from "../train/training-session.js";
 import { GENERATE, type GenerateOptions, generateMany, generateText, streamText, type TextModel } from "./generate.js";
 
 export interface LoadModelOptions {
-  /** Default "cpu". */
-  device?: SessionOptions["device"];
+  /** auto: the first card that can be used and has room for the model, else the processors. Default "auto". */
+  device?: DeviceOption;
   /** Default: the checkpoint's; float32 for a Hugging Face folder. */
   dtype?: SessionOptions["dtype"];
   /** 0: all this process may use. Default 0. */
@@ -46,6 +48,9 @@ export class LoadedModel implements AsyncDisposable {
     private readonly graphs: { eval: Graph; generate: Graph },
     /** The length that it was trained with, where known. */
     readonly sequenceLength: number | null,
+    /** Where it runs, and why where the caller did not say. */
+    readonly device: Device,
+    readonly deviceReason: string | null,
   ) {
     this.#requests = gate(session);
   }
@@ -98,8 +103,8 @@ export async function loadModel(
   options: LoadModelOptions = {},
   parts: Partial<Parts> = {},
 ): Promise<LoadedModel> {
-  const { createSession } = { ...realParts, ...parts };
-  const { device = "cpu", threads = 0, tokenizer = new ByteTokenizer() } = options;
+  const { createSession, chooseDevice } = { ...realParts, ...parts };
+  const { threads = 0, tokenizer = new ByteTokenizer() } = options;
   if (!Number.isSafeInteger(threads) || threads < 0 || threads > MAX_THREADS)
     throw invalidArgument("model", `a whole number from 0 to ${MAX_THREADS}`, threads, "threads");
   const open = async (
@@ -108,13 +113,16 @@ export async function loadModel(
     graphs: Record<"train" | "eval" | "generate", Graph>,
   ) => {
     // The optimizer's numbers are never used: frozen parameters have no state.
+    const { device, why } = chooseDevice(options.device ?? "auto", {
+      needsBytes: bytesOf(graphs.train, storage ?? dtype),
+    });
     const optimizer = { kind: "adamw", beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weightDecay: 0 } as const;
     const session = await createSession({ device, dtype, storage, threads, optimizer });
     try {
       await session.load(frozen(graphs.train));
       await session.attach(EVAL, graphs.eval);
       await session.attach(GENERATE, graphs.generate);
-      return session;
+      return { session, device, why };
     } catch (error) {
       await session.dispose();
       throw error;
@@ -136,9 +144,9 @@ export async function loadModel(
       eval: model.graph("eval", dtype),
       generate: model.graph("generate", dtype),
     };
-    const session = await open(dtype, dtype, graphs);
+    const { session, device, why } = await open(dtype, dtype, graphs);
     await fill(session, loadPretrained(session, graphs.train, path));
-    return new LoadedModel(basename(resolve(path)), path, null, tokenizer, session, graphs, null);
+    return new LoadedModel(basename(resolve(path)), path, null, tokenizer, session, graphs, null, device, why);
   }
   const checkpoint = await openCheckpoint(path);
   const { state } = checkpoint;
@@ -154,7 +162,7 @@ export async function loadModel(
     generate: await readGraph(checkpoint, FILES.generateGraph),
   };
   for (const graph of Object.values(graphs)) validateGraph(graph);
-  const session = await open(dtype, state.storage, graphs);
+  const { session, device, why } = await open(dtype, state.storage, graphs);
   await fill(session, restoreSession(session, checkpoint, { optimizer: false }));
   return new LoadedModel(
     state.model,
@@ -164,8 +172,14 @@ export async function loadModel(
     session,
     graphs,
     state.data.sequenceLength,
+    device,
+    why,
   );
 }
+
+/** Of the parameters as they are stored. */
+const bytesOf = (graph: Graph, storage: DType): number =>
+  graph.parameters.reduce((sum, { shape }) => sum + shape.reduce((n, size) => n * size, dtypeBytes(storage)), 0);
 
 /** The same graph with no parameter to train: the engine then keeps neither gradients nor optimizer state. */
 function frozen(graph: Graph): Graph {

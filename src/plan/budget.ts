@@ -43,6 +43,12 @@ export const usable = ({ deviceBytes, hostBytes, diskBytes }: Budget): Budget =>
   diskBytes,
 });
 
+/** Of a memory that was detected, what a plan may take and what it leaves. */
+export function usableOf(bytes: number, kind: "deviceBytes" | "hostBytes"): { bytes: number; left: number } {
+  const within = usable({ deviceBytes: 0, hostBytes: 0, diskBytes: 0, [kind]: bytes })[kind];
+  return { bytes: within, left: bytes - within };
+}
+
 /** 24e9 -> "24 GB", 1.234e9 -> "1.23 GB", 0 -> "0": decimal, three digits. */
 export function showSize(bytes: number): string {
   const [unit, scale] = bytes >= 1e9 ? ["GB", 1e9] : bytes >= 1e6 ? ["MB", 1e6] : ["kB", 1e3];

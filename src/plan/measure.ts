@@ -1,6 +1,6 @@
 /**
  * What this machine's processors and disk do, timed in seconds: products in each dtype over two heights, memory, a disk. Through
- * the eager operators, hence the kernels that training runs. For cards the named profiles stand in (profiles.ts).
+ * the eager operators, hence the kernels that training runs. Of cards: measure-card.ts.
  */
 import { closeSync, constants, fsyncSync, mkdirSync, openSync, readSync, rmSync, writeSync } from "node:fs";
 import { join } from "node:path";
@@ -57,8 +57,11 @@ function timeGemm(dtype: string): GemmRate {
       }),
     );
   const [low, high] = [16, 512];
-  const [slow, fast] = [rate(low), rate(high)];
-  // 1 / rate = (1 + half / rows) / flops, twice.
+  return gemmRate(low, rate(low), high, rate(high));
+}
+
+/** 1 / rate = (1 + half / rows) / flops, twice: `slow` and `fast` are the rates at `low` and `high` rows. */
+export function gemmRate(low: number, slow: number, high: number, fast: number): GemmRate {
   const flops = 1 / ((high / fast - low / slow) / (high - low));
   const believable = Number.isFinite(flops) && flops > 0 ? flops : fast;
   return { flops: believable, halfRows: Math.max(0, high * (believable / fast - 1)) };
@@ -73,7 +76,7 @@ function timeMemory(): number {
 }
 
 /** Writes 128 MB with fsync, and reads it past the page cache. */
-function timeDisk(file: string): { diskRead: number; diskWrite: number } {
+export function timeDisk(file: string): { diskRead: number; diskWrite: number } {
   const chunk = Buffer.alloc(16 << 20, 1);
   const bytes = 8 * chunk.length;
   try {

@@ -164,3 +164,14 @@ export function profileOfCard(name: string): MachineProfile | null {
     .find((k) => plain.includes(k));
   return key === undefined ? null : cards[key]!;
 }
+
+/**
+ * The speed to plan with for a card that has not been measured: that of its named profile, else a guess, which `guess` says
+ * of whom. Plans for a card that is slower than the real one move less and never more than it can.
+ */
+export function cardProfile(name: string | null): { profile: MachineProfile; guess: string | null } {
+  const known = name === null ? null : profileOfCard(name);
+  if (known !== null) return { profile: known, guess: null };
+  const guess = `${name ?? "this card"} has no profile: an RTX A5000's speed stands in. npx stroma doctor --measure measures it`;
+  return { profile: cards.a5000!, guess };
+}

@@ -22,6 +22,8 @@ export interface StartEvent {
   tokensPerStep: number;
   schedule: string;
   device: string;
+  /** Why this one, where the user did not say. */
+  deviceReason: string | null;
   /** What blocks compute in, and why where the user did not say. */
   dtype: string;
   dtypeReason: string | null;

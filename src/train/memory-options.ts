@@ -57,7 +57,7 @@ export interface MemoryOptions {
 
 /** What MemoryOptions are read beside. */
 interface Beside {
-  device?: SessionOptions["device"];
+  device: SessionOptions["device"];
   dtype?: SessionOptions["dtype"];
   order?: Schedule;
   recompute?: Recompute;
@@ -146,7 +146,7 @@ function places(
 ): Pick<ResolvedMemory, "plan" | "offload" | "diskFolder"> {
   const plan = one(o.plan, ["resident", "auto"] as const, "plan");
   const offload = one(o.offload, ["none", "host", "disk", "auto"] as const, "offload");
-  const { device = "cpu", diskFolder = null } = o;
+  const { device, diskFolder = null } = o;
   if (plan === "resident" && offload !== undefined && offload !== "none")
     throw config(`plan resident keeps everything on the device, offload ${offload} does not: leave one out`);
   if (plan === "auto" && (offload === "host" || offload === "disk"))

@@ -164,6 +164,8 @@ export interface StepResult {
   skippedBlocks: number[];
   profile?: StepProfile;
   peakDeviceBytes: number;
+  /** Times that a card's driver was asked for memory; after a first step of the same shapes it should be none. */
+  newDeviceSegments: number;
   /** Live boundary slots, kept graphs, gradients and states at their highest, as counted by the engine. */
   peakHostBytes: number;
 }

@@ -1,6 +1,14 @@
 /** What a Trainer takes, its defaults, and the arithmetic that the options must agree on. */
 import type { DatasetOptions } from "../data/index.js";
 import type { Dataset } from "../data/types.js";
+import {
+  chooseDevice,
+  DEVICE_EXPECTS,
+  DEVICE_PATTERN,
+  type Device,
+  type DeviceChoice,
+  type DeviceOption,
+} from "../device.js";
 import { TRANSPORTS } from "../distributed/transport.js";
 import { invalidArgument, StromaError } from "../errors.js";
 import { type AdamWOptions, resolveAdamW } from "../optim/adamw.js";
@@ -66,8 +74,11 @@ export interface TrainerOptions extends MemoryOptions {
    * masterWeight, optimizer, model and data must be.
    */
   resume?: boolean | string;
-  /** sim: a simulated device in host memory, capped at `deviceMemory`: a test instrument. Default "cpu". */
-  device?: SessionOptions["device"];
+  /**
+   * auto: the first card that can be used, else the processors; of several ranks the processors. cuda: that card, or an
+   * error. sim: a simulated device in host memory, capped at `deviceMemory`: a test instrument. Default "auto".
+   */
+  device?: DeviceOption;
   /** This process is one rank of several that train one model, each with some of its blocks. Default: alone. */
   ranks?: RankSpec;
   /** Which blocks are whose. Default "alternating"; with `plan: "auto"` the planner's choice. */
@@ -127,6 +138,7 @@ export interface ResolvedOptions
         | "steps"
         | "epochs"
         | "outputDir"
+        | "device"
         | "ranks"
         | "stages"
         | "shards"
@@ -137,6 +149,10 @@ export interface ResolvedOptions
       >
     >,
     ResolvedMemory {
+  device: Device;
+  /** What was asked for, which a resumed run asks for again; why it became `device`, where that was left to us. */
+  deviceAsked: DeviceOption;
+  deviceReason: string | null;
   ranks: RankSpec | null;
   stages: StageRule | null;
   shards: number | null;
@@ -164,14 +180,18 @@ const NAMES = [
   ...MEMORY_NAMES,
 ];
 
+/** chooseDevice, or a test's. */
+export type ChooseDevice = (asked: DeviceOption, how: { ranks?: boolean; needsBytes?: number }) => DeviceChoice;
+
 /** Most threads of an engine: with many more OpenMP ends the process where the system has no more of them. */
 export const MAX_THREADS = 1024;
 
 /**
+ * @param choose what the machine has for a device that is asked for
  * @throws CONFIG for options that are unknown, missing or contradict each other, the arithmetic shown;
- * INVALID_ARGUMENT for a value out of range
+ * INVALID_ARGUMENT for a value out of range; NOT_SET_UP for a card without its build or driver
  */
-export function resolveOptions(options: TrainerOptions): ResolvedOptions {
+export function resolveOptions(options: TrainerOptions, choose: ChooseDevice = chooseDevice): ResolvedOptions {
   const o = options;
   for (const name of Object.keys(o))
     if (!NAMES.includes(name)) throw config(`unknown option "${name}". There are: ${NAMES.join(", ")}`);
@@ -193,9 +213,9 @@ export function resolveOptions(options: TrainerOptions): ResolvedOptions {
   const learningRate = o.learningRate ?? 3e-4;
   if (!(learningRate > 0 && Number.isFinite(learningRate)))
     throw invalidArgument("trainer", "a positive number", learningRate, "learningRate");
-  const device = o.device ?? "cpu";
-  if (!/^(?:cpu|sim|cuda:\d+)$/.test(device))
-    throw invalidArgument("trainer", '"cpu", "sim" or "cuda:<n>"', device, "device");
+  const deviceAsked = o.device ?? "auto";
+  if (!DEVICE_PATTERN.test(deviceAsked)) throw invalidArgument("trainer", DEVICE_EXPECTS, deviceAsked, "device");
+  const { device, why: deviceReason } = choose(deviceAsked, { ranks: (o.ranks ?? null) !== null });
   const shared = resolveShards(o);
   const groups = ((shared.shards ?? 1) * shared.replicas) / shared.context;
   const sampleEveryNSteps = whole(o.sampleEveryNSteps ?? 0, "sampleEveryNSteps", 0);
@@ -214,7 +234,7 @@ export function resolveOptions(options: TrainerOptions): ResolvedOptions {
     learningRate,
     learningRateSchedule,
     optimizer: resolveAdamW({ ...o.adamw, weightDecay: o.weightDecay }, o.optimizer),
-    ...resolveMemory(o),
+    ...resolveMemory({ ...o, device }),
     seed: whole(o.seed ?? 0, "seed", 0),
     outputDir: o.outputDir ?? null,
     logEveryNSteps: whole(o.logEveryNSteps ?? 1, "logEveryNSteps", 1),
@@ -226,7 +246,7 @@ export function resolveOptions(options: TrainerOptions): ResolvedOptions {
     samplePrompts,
     sampleTokens: whole(o.sampleTokens ?? 64, "sampleTokens", 1),
     keepLast: whole(o.keepLast ?? 3, "keepLast", 1),
-    device,
+    ...{ device, deviceAsked, deviceReason },
     ranks: o.ranks ?? null,
     stages: o.stages === undefined ? null : oneOf(o.stages, STAGE_RULES, "stages"),
     ...shared,
@@ -315,6 +335,9 @@ export function savedOptions(
     profileMemory: _profile,
     ranks: _ranks,
     transport: _transport,
+    device: _device,
+    deviceReason: _reason,
+    deviceAsked: device,
     ...kept
   } = o;
   const { steps, epochs, maxGradNorm, ...rest } = kept;
@@ -325,6 +348,7 @@ export function savedOptions(
     version: 1,
     options: {
       ...plain,
+      device,
       maxGradNorm,
       optimizer: kind,
       ...(steps === null ? {} : { steps }),

@@ -1,6 +1,7 @@
 /** What a Trainer is put together from. The defaults are the real ones; tests of the loop itself bring their own. */
 import type { DatasetOptions } from "../data/index.js";
 import type { Dataset } from "../data/types.js";
+import { chooseDevice } from "../device.js";
 import { type TransportFacts, transportFacts } from "../distributed/transport.js";
 import { StromaError } from "../errors.js";
 import type { ContextOptions } from "../graph/context.js";
@@ -8,8 +9,9 @@ import type { BatchInput, Graph } from "../graph/types.js";
 import type { ComputeDType } from "./compute-dtype.js";
 import { type ModelSpec, type ResolvedModel, resolveModel } from "./model-source.js";
 import type { Batch, HostTensor, NativeRanks, NativeSession, RankSpec, SessionOptions } from "./native-session.js";
-import type { SettledOptions } from "./options.js";
+import type { ChooseDevice, SettledOptions } from "./options.js";
 import type { TrainingPlan } from "./plan.js";
+import type { Resources } from "./resources.js";
 
 export interface Parts {
   createSession(options: SessionOptions): Promise<NativeSession>;
@@ -18,9 +20,11 @@ export interface Parts {
   libtorchVersion(): Promise<string>;
   openDataset(spec: string | DatasetOptions): Promise<Dataset>;
   resolveModel(spec: ModelSpec): ResolvedModel;
+  chooseDevice: ChooseDevice;
   computeDType(device: SessionOptions["device"]): Promise<ComputeDType>;
-  plan(graph: Graph, options: SettledOptions): Promise<TrainingPlan>;
-  context(graph: Graph, options: SettledOptions): Promise<ContextOptions | null>;
+  resources(options: SettledOptions): Promise<Resources>;
+  plan(graph: Graph, options: SettledOptions, resources: Resources): Promise<TrainingPlan>;
+  context(graph: Graph, options: SettledOptions, resources: Resources): Promise<ContextOptions | null>;
 }
 
 /** Loaded when used: reading options or a checkpoint's facts needs neither libtorch nor data sources. */
@@ -32,9 +36,11 @@ export const realParts: Parts = {
   libtorchVersion: async () => (await import("../native.js")).currentBuild().libtorch.version,
   openDataset: async (spec) => (await import("../data/index.js")).openDataset(spec),
   resolveModel,
+  chooseDevice,
   computeDType: async (device) => (await import("./compute-dtype.js")).chooseComputeDType(device),
-  plan: async (graph, options) => (await import("./plan.js")).planTraining(graph, options),
-  context: async (graph, options) => (await import("./plan.js")).contextFor(graph, options),
+  resources: async (options) => (await import("./resources.js")).detectResources(options),
+  plan: async (graph, options, resources) => (await import("./plan.js")).planTraining(graph, options, resources),
+  context: async (graph, options, resources) => (await import("./plan.js")).contextFor(graph, options, resources),
 };
 
 /** The tensors that the graph takes, of those that the data has. @throws DATA naming one that is missing */

@@ -1,28 +1,26 @@
 /** From a graph and the options of a run to the tapes of its steps: planned, placed and proved before one is executed. */
 import { createHash } from "node:crypto";
-import { totalmem } from "node:os";
 import { StromaError } from "../errors.js";
 import type { ContextOptions } from "../graph/context.js";
 import { canonicalJson } from "../graph/hash.js";
 import type { Graph } from "../graph/types.js";
-import { probeMachine } from "../native.js";
 import { type AutoPlan, layersMerged, planAuto } from "../plan/auto.js";
 import { planForRank } from "../plan/auto-ranks.js";
-import { type Budget, showSize } from "../plan/budget.js";
+import { type Budget, showSize, usableOf } from "../plan/budget.js";
 import { checkRanks } from "../plan/check-ranks.js";
 import { checkTape } from "../plan/checker.js";
 import { chooseContext, contextSizes } from "../plan/context.js";
 import { roundUp } from "../plan/layout.js";
-import { readMeasured } from "../plan/measured.js";
 import { groupsOf, membersOf, replicasOf, shardsOf, sharersOf, stageCount } from "../plan/mesh.js";
 import { residentPolicy } from "../plan/planner.js";
-import { findProfile, RANK_LINK } from "../plan/profiles.js";
+import { RANK_LINK } from "../plan/profiles.js";
 import { type TapePeaks, tapePeaks } from "../plan/simulate.js";
 import { assignStages, stretchesOf } from "../plan/stages.js";
 import type { Placement, RetainedDType, Stages, StateFormat, Tape } from "../plan/types.js";
 import { type Policy, writeTape } from "../plan/write-tape.js";
 import { type Prediction, predictStep } from "../profile/document.js";
 import type { SettledOptions } from "./options.js";
+import { detectResources, type Resources } from "./resources.js";
 
 export interface StepTapes {
   step: Tape;
@@ -75,9 +73,9 @@ export const stateFormat = (o: SettledOptions): StateFormat => ({
  * How ranks share rows: whichever way of attending over them is faster. `graph`: of whole rows. Throws CONFIG where these do
  * not divide.
  */
-export function contextFor(graph: Graph, o: SettledOptions): ContextOptions | null {
+export function contextFor(graph: Graph, o: SettledOptions, resources = detectResources(o)): ContextOptions | null {
   if (o.context === 1) return null;
-  const profile = profileOf(o);
+  const { profile } = resources;
   const rates = {
     link: profile.rankLink ?? RANK_LINK,
     messageSeconds: profile.copySeconds,
@@ -91,10 +89,14 @@ export function contextFor(graph: Graph, o: SettledOptions): ContextOptions | nu
  * Throws CONFIG where the model's sizes are not known that a plan needs, OUT_OF_MEMORY for what does not fit, saying by how
  * much and what would do.
  */
-export function planTraining(graph: Graph, options: SettledOptions): TrainingPlan {
+export function planTraining(
+  graph: Graph,
+  options: SettledOptions,
+  resources: Resources = detectResources(options),
+): TrainingPlan {
   checkSize(graph);
   const dims = dimsOf(graph, options);
-  const { policy, graph: planned, merged, fused } = choosePolicy(graph, options, dims);
+  const { policy, graph: planned, merged, fused } = choosePolicy(graph, options, resources, dims);
   const whole = writeTape(planned, policy);
   const placement = roomFor(planned, policy, whole.step.placement, options.epochs !== null);
   const known = new Map<number, StepTapes>();
@@ -117,10 +119,15 @@ export function planTraining(graph: Graph, options: SettledOptions): TrainingPla
   const sizes = policy.dims ?? dims;
   const predict = (tape: Tape): Prediction => {
     if (sizes === null) throw unknownSizes(graph);
-    return predictStep(planned, tape, profileOf(options), options.device.startsWith("cuda") ? "cuda" : "cpu", sizes);
+    return predictStep(planned, tape, resources.profile, memoryDevice(options), sizes);
   };
   const predicted = sizes === null ? null : predict(step);
-  if (predicted !== null) checkBudgets(predicted.peaks, options);
+  if (predicted !== null) {
+    const kernels = memoryDevice(options);
+    const all = policy.stages === undefined ? [] : besides(planned, policy, options);
+    const beside = all.map(({ step }) => tapePeaks(planned, step, kernels, sizes!));
+    checkBudgets(predicted.peaks, beside, options, resources);
+  }
   const members = membersOf(policy.stages);
   const facts: PlanFacts = {
     tapeHash: hashOf(policy.stages === undefined ? step : everyRank(planned, policy).map((t) => t.step)),
@@ -135,7 +142,8 @@ export function planTraining(graph: Graph, options: SettledOptions): TrainingPla
   };
   const { least, unit } = countsOf(policy);
   const padded = (count: number) => roundUp(Math.max(count, least), unit);
-  const summary = summarize(facts, predicted, options, policy.stages);
+  const guess = resources.guess === null ? "" : ` (${resources.guess})`;
+  const summary = summarize(facts, predicted, options, policy.stages) + guess;
   return { graph: planned, placement, facts, summary, predicted, predict, padded, tapes };
 }
 
@@ -162,6 +170,16 @@ function everyRank(graph: Graph, policy: Policy): StepTapes[] {
   );
 }
 
+/** Of the other ranks on this one's machine. */
+function besides(graph: Graph, policy: Policy, { ranks }: SettledOptions): StepTapes[] {
+  const { rank, size, localSize = size } = ranks!;
+  const machine = (r: number) => Math.floor(r / localSize);
+  return everyRank(graph, policy).filter((_, r) => r !== rank && machine(r) === machine(rank));
+}
+
+/** Whose kernels run. */
+const memoryDevice = ({ device }: SettledOptions): "cuda" | "cpu" => (device.startsWith("cuda") ? "cuda" : "cpu");
+
 function checkWithOthers(graph: Graph, policy: Policy, mine: StepTapes): void {
   const all = everyRank(graph, policy);
   all[policy.stages!.rank] = mine;
@@ -180,7 +198,12 @@ interface Chosen {
   fused: number;
 }
 
-function choosePolicy(graph: Graph, o: SettledOptions, dims: Record<string, number> | null): Chosen {
+function choosePolicy(
+  graph: Graph,
+  o: SettledOptions,
+  resources: Resources,
+  dims: Record<string, number> | null,
+): Chosen {
   checkMembers(o);
   const merged = o.layersPerBlock ?? 1;
   const alone = { graph: layersMerged(graph, merged), merged, fused: 1 };
@@ -192,11 +215,11 @@ function choosePolicy(graph: Graph, o: SettledOptions, dims: Record<string, numb
     clip: o.clip,
     state: stateFormat(o),
   });
-  if (o.ranks !== null) return amongRanks(graph, { ...alone, policy: resident }, o, dims);
+  if (o.ranks !== null) return amongRanks(graph, { ...alone, policy: resident }, o, resources, dims);
   if (o.plan === "resident") return { ...alone, policy: resident };
   if (dims === null) throw unknownSizes(graph);
   if (o.plan === null) return { ...alone, policy: streamed(resident, o.offload as "host" | "disk", o, dims) };
-  const found = searchPlan(graph, o, dims);
+  const found = searchPlan(graph, o, resources, dims);
   if (found !== null) {
     const { policy, graph: planned, blocksMerged: merged, report } = found;
     return { policy, graph: planned, merged, fused: report.microBatch.fused };
@@ -242,10 +265,11 @@ function amongRanks(
   graph: Graph,
   { policy: resident, ...alone }: Chosen,
   o: SettledOptions,
+  resources: Resources,
   dims: Record<string, number> | null,
 ): Chosen {
   if (dims === null) throw unknownSizes(graph);
-  const { rank, size: ranks, localSize = ranks } = o.ranks!;
+  const { rank, size: ranks } = o.ranks!;
   const { replicas } = o;
   const shards = o.shards ?? 1;
   const of = assignStages(alone.graph, ranks / (shards * replicas), o.stages ?? "alternating");
@@ -259,14 +283,14 @@ function amongRanks(
   // The planner knows no replicas, and no shared rows.
   if (o.plan === "resident" || ranks === 1 || replicas > 1 || o.context > 1)
     return asked({ ...resident, boundary: "device", dims });
-  const budget = budgetOf(o);
+  const budget = budgetOf(o, resources);
   const request = {
     dims,
     gradientAccumulationSteps: o.gradientAccumulationSteps,
     state: stateFormat(o),
     clip: o.clip,
-    profile: profileOf(o),
-    budget: o.device === "cpu" ? { deviceBytes: budget.deviceBytes / localSize, hostBytes: 0, diskBytes: 0 } : budget,
+    profile: resources.profile,
+    budget: o.device === "cpu" ? { ...budget, diskBytes: 0 } : budget,
     devices: ranks,
     stages: o.stages ?? undefined,
     // What is not said is the planner's to choose.
@@ -298,8 +322,13 @@ const streamed = (base: Policy, home: "host" | "disk", o: SettledOptions, dims: 
 });
 
 /** The planner's answer; null where it finds none and a disk is there for the rest. */
-function searchPlan(graph: Graph, o: SettledOptions, dims: Record<string, number>): AutoPlan | null {
-  const budget = budgetOf(o);
+function searchPlan(
+  graph: Graph,
+  o: SettledOptions,
+  resources: Resources,
+  dims: Record<string, number>,
+): AutoPlan | null {
+  const budget = budgetOf(o, resources);
   const limit = budget.deviceBytes;
   for (let tries = 0; ; tries++) {
     const found = planAuto(graph, {
@@ -309,8 +338,8 @@ function searchPlan(graph: Graph, o: SettledOptions, dims: Record<string, number
       clip: o.clip,
       recompute: o.recompute ?? undefined,
       layersPerBlock: o.layersPerBlock ?? undefined,
-      profile: profileOf(o),
-      budget: o.device === "cpu" ? { ...budget, hostBytes: 0, diskBytes: 0 } : budget,
+      profile: resources.profile,
+      budget: o.device === "cpu" ? { ...budget, diskBytes: 0 } : budget,
     });
     if (!found.report.fits) {
       if (o.device === "cpu" && budget.diskBytes > 0) return null;
@@ -324,38 +353,64 @@ function searchPlan(graph: Graph, o: SettledOptions, dims: Record<string, number
   }
 }
 
-function budgetOf(o: SettledOptions): Budget {
-  const memory = processMemory();
-  const deviceBytes = o.deviceMemory ?? memory;
-  const beside = o.offload === "none" || o.device === "cpu" ? 0 : (o.hostMemory ?? memory);
-  return { deviceBytes, hostBytes: beside, diskBytes: o.offload === "none" ? 0 : (o.disk ?? 0) };
+/** As given, else as detected: all there is, of which the planner leaves a margin. */
+function budgetOf(o: SettledOptions, r: Resources): Budget {
+  const { localSize, machines } = machinesOf(o);
+  const diskBytes = o.offload === "none" ? 0 : (o.disk ?? 0);
+  if (o.device === "cpu")
+    return { deviceBytes: (o.deviceMemory ?? r.memoryBytes) / localSize, hostBytes: 0, diskBytes };
+  if (o.device === "sim") {
+    // Device and host are parts of one memory.
+    const share = r.memoryBytes / localSize;
+    const deviceBytes = o.deviceMemory ?? Math.max(0, share - (o.hostMemory ?? 0) / localSize);
+    const hostBytes = o.hostMemory ?? Math.max(0, share - deviceBytes) * localSize;
+    return { deviceBytes, hostBytes: o.offload === "none" ? 0 : hostBytes * machines, diskBytes };
+  }
+  const deviceBytes = o.deviceMemory ?? r.cardBytes;
+  if (deviceBytes === null)
+    throw config(`how much memory ${o.device} has is not told here: say it with deviceMemory, or plan resident`);
+  const hostBytes = o.offload === "none" ? 0 : (o.hostMemory ?? r.memoryBytes) * machines;
+  return { deviceBytes, hostBytes, diskBytes };
 }
 
-/** What this process may use. */
-function processMemory(): number {
-  const memory = probeMachine()?.memory;
-  return Math.min(memory?.totalBytes ?? totalmem(), memory?.cgroupBytes ?? Number.POSITIVE_INFINITY);
+function machinesOf({ ranks }: SettledOptions): { localSize: number; machines: number } {
+  const { size = 1, localSize = size } = ranks ?? {};
+  return { localSize, machines: Math.ceil(size / localSize) };
 }
 
-function profileOf(o: SettledOptions) {
-  const cpu = readMeasured() ?? findProfile("cpu");
-  return o.device === "cpu" ? cpu : { ...cpu, device: "cuda" as const };
-}
-
-function checkBudgets({ deviceBytes, hostBytes, diskBytes }: TapePeaks, o: SettledOptions): void {
+/**
+ * Given sizes are kept to the byte; of what was detected, a margin is left (budget.ts).
+ * @param beside of the other ranks on this machine, which have one memory with this one
+ */
+function checkBudgets(mine: TapePeaks, beside: readonly TapePeaks[], o: SettledOptions, r: Resources): void {
+  const { deviceBytes, hostBytes, diskBytes } = mine;
+  const less =
+    "Smaller micro-batches, shorter rows, precision bfloat16 or optimizer adamw8bit take less" +
+    (o.offload === "none" ? ", and offload or plan auto takes state away" : "");
+  const given = (what: string, bytes: number, of: number | null): void => {
+    if (of !== null && bytes > of)
+      throw outOfMemory(`the plan takes ${showSize(bytes)} of ${what}, ${showSize(of)} are given. ${less}`);
+  };
+  const detected = (what: string, bytes: number, kind: "deviceBytes" | "hostBytes", of: number, say: string): void => {
+    const { bytes: most, left } = usableOf(of, kind);
+    if (bytes > most)
+      throw outOfMemory(
+        `the plan takes ${showSize(bytes)} of ${what}, and of ${showSize(of)} ${showSize(most)} can be planned with ` +
+          `(${showSize(left)} are left for the rest). ${less}${say}`,
+      );
+  };
   // On a CPU staging for a disk is the same memory.
   const cpu = o.device === "cpu";
-  const needs: [what: string, bytes: number, of: number | null][] = [
-    ["device memory", cpu ? deviceBytes + hostBytes : deviceBytes, o.deviceMemory],
-    ["host memory", hostBytes, o.hostMemory],
-    ["disk", diskBytes, o.disk],
-  ];
-  for (const [what, bytes, of] of needs)
-    if (of !== null && bytes > of)
-      throw outOfMemory(
-        `the plan takes ${showSize(bytes)} of ${what}, ${showSize(of)} are given. Smaller micro-batches, shorter rows, ` +
-          `precision bfloat16 or optimizer adamw8bit take less${o.offload === "none" ? ", and offload takes state away" : ""}`,
-      );
+  given("device memory", cpu ? deviceBytes + hostBytes : deviceBytes, o.deviceMemory);
+  given("host memory", hostBytes, o.hostMemory);
+  given("disk", diskBytes, o.disk);
+  const onCard = o.device.startsWith("cuda");
+  if (onCard && o.deviceMemory === null && r.cardBytes !== null)
+    detected(`${o.device}'s free memory`, deviceBytes, "deviceBytes", r.cardBytes, "");
+  if (cpu ? o.deviceMemory !== null : onCard && o.hostMemory !== null) return;
+  const here = beside.length > 0 ? `this machine's memory in its ${beside.length + 1} ranks` : "this machine's memory";
+  const taken = [mine, ...beside].reduce((sum, p) => sum + p.hostBytes + (onCard ? 0 : p.deviceBytes), 0);
+  detected(here, taken, "hostBytes", r.memoryBytes, cpu ? "; deviceMemory says how much may be taken" : "");
 }
 
 const outOfMemory = (why: string) => new StromaError("OUT_OF_MEMORY", `[plan] the training does not fit: ${why}`);

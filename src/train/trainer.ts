@@ -59,7 +59,8 @@ export class Trainer implements AsyncDisposable {
   constructor(options: TrainerOptions, parts: Partial<Parts> = {}) {
     this.#given = options;
     this.#parts = { ...realParts, ...parts };
-    if (options.resume === undefined || options.resume === false) this.#options = resolveOptions(options);
+    if (options.resume === undefined || options.resume === false)
+      this.#options = resolveOptions(options, this.#parts.chooseDevice);
   }
 
   /** Where metrics.jsonl, loss.svg and checkpoints/ are; known once run() gave its first event. */
@@ -185,7 +186,7 @@ export class Trainer implements AsyncDisposable {
     const resumed = await this.#findResumeAmong(ranks);
     const saved = resumed === null ? {} : await readSavedOptions(resumed);
     const { resume: _resume, ...given } = this.#given;
-    this.#options ??= resolveOptions(mergeOptions(saved, given));
+    this.#options ??= resolveOptions(mergeOptions(saved, given), this.#parts.chooseDevice);
     const { options, reason } = await this.#settle(this.#options);
     const model = this.#parts.resolveModel(options.model);
     const outputDir = resolve(options.outputDir ?? (resumed === null ? join("runs", model.name) : runOf(resumed)));
@@ -317,6 +318,7 @@ class Run {
       tokensPerStep: options.batchSize * options.sequenceLength,
       schedule: open.plan.facts.order,
       device: options.device,
+      deviceReason: options.deviceReason,
       dtype: options.dtype,
       dtypeReason: this.dtypeReason,
       precision: options.precision,

@@ -15,6 +15,7 @@ import type { NativeRanks, NativeSession, SessionOptions } from "./native-sessio
 import type { SettledOptions } from "./options.js";
 import type { Parts } from "./parts.js";
 import { planDifferences, type TrainingPlan } from "./plan.js";
+import { agreeOnResources } from "./resources.js";
 
 export interface TrainingSession {
   session: NativeSession;
@@ -55,10 +56,12 @@ export async function openTrainingSession(
   const evalGraph = model.graph("eval", options.dtype);
   const generateGraph = model.graph("generate", options.dtype);
   if (resumed !== null) await checkSame(resumed, graph, dataset, options);
-  const context = await parts.context(graph, options);
+  const detected = await parts.resources(options);
+  const resources = ranks === null ? detected : await agreeOnResources(ranks, detected);
+  const context = await parts.context(graph, options, resources);
   // Attention over the shares of rows is another program; the model, its parameters and its checkpoints are the same.
   const trained = context === null ? graph : model.graph("train", options.dtype, context);
-  const plan = await parts.plan(trained, options);
+  const plan = await parts.plan(trained, options, resources);
   const versions = {
     stromatolite: packageVersion(),
     libtorch: await parts.libtorchVersion(),
@@ -110,11 +113,15 @@ export async function openTrainingSession(
 }
 
 function sessionOptions(options: SettledOptions, outputDir: string): SessionOptions {
-  const { device, dtype, precision: storage, masterWeight, threads, optimizer, deviceMemory: memoryBytes } = options;
+  const { device, dtype, precision: storage, masterWeight, threads, optimizer, deviceMemory } = options;
   return {
     ...{ device, dtype, storage, masterWeight, threads, optimizer },
     diskFolder: options.diskFolder ?? outputDir,
-    ...(device === "sim" ? { sim: { memoryBytes, hostToDevice: null, deviceToHost: null, adversary: null } } : {}),
+    ...(device === "sim"
+      ? { sim: { memoryBytes: deviceMemory, hostToDevice: null, deviceToHost: null, adversary: null } }
+      : {}),
+    // The card ends there for this process, so that what a plan says is what it gets.
+    ...(device.startsWith("cuda") && deviceMemory !== null ? { deviceMemory } : {}),
   };
 }
 

@@ -19,9 +19,11 @@ describe.skipIf(!hasNative())("stroma selftest memory", () => {
     expect([report.ok, ended.code]).toEqual([true, 0]);
   }, 600_000);
 
-  it("says that it is not there for a card", async () => {
-    const ended = await stroma(["selftest", "memory", "--device", "cuda:0"]);
-    expect(ended.code).toBe(2);
-    expect(ended.stderr).toContain("not there yet");
+  it("refuses a card that is not there, with its cure, and what is no device", async () => {
+    const card = await stroma(["selftest", "memory", "--device", "cuda:63"]);
+    expect([2, 3]).toContain(card.code);
+    expect(card.stderr).toMatch(/there is no NVIDIA driver\. Install|this is the CPU build|there is no cuda:63/);
+    const none = await stroma(["selftest", "memory", "--device", "gpu"]);
+    expect([none.code, none.stderr]).toEqual([2, expect.stringContaining("expected auto, cpu, cuda")]);
   }, 120_000);
 });

@@ -19,6 +19,7 @@ const EVENTS = {
     tokensPerStep: count.min(1),
     schedule: z.enum(["breadthFirst", "depthFirst"]),
     device: z.string(),
+    deviceReason: z.string().nullable(),
     dtype: z.string(),
     dtypeReason: z.string().nullable(),
     precision: z.string(),
@@ -259,6 +260,7 @@ describe.skipIf(!hasNative())("stroma with its engine", () => {
         tokens: expect.any(Number),
         data: "planets",
         checkpoint: join(run, "checkpoints", "step-000012"),
+        device: expect.any(String),
         seconds: expect.any(Number),
       });
       expect(b!.loss).toBe(a!.loss);
@@ -266,7 +268,9 @@ describe.skipIf(!hasNative())("stroma with its engine", () => {
 
     it("for a person it is two lines", async () => {
       const { stdout } = await stroma(["eval", "--checkpoint", run, "--micro-batches", "1"]);
-      expect(stdout).toMatch(/^decoder at .*step-000012\nheld-out planets: loss \d\.\d+, \d\.\d+ bits per byte \(/);
+      expect(stdout).toMatch(
+        /^decoder at .*step-000012, on \S+ \(.+\)\nheld-out planets: loss \d\.\d+, \d\.\d+ bits per byte \(/,
+      );
     });
   });
 

@@ -271,3 +271,20 @@ describe("a set-up that ends early", () => {
     expect(await withLock(join(folder, "lock"), async () => "entered")).toBe("entered");
   });
 });
+
+describe("a driver that is older than the libtorch", () => {
+  it.each<[string | null, string | null, boolean]>([
+    ["13.0", "12.4", true],
+    ["13.0", "13.0", false],
+    ["12.8", "13.0", false],
+    [null, "12.4", false],
+    ["13.0", null, false],
+  ])("libtorch for CUDA %s, driver for %s: told %s", async (cuda, runs, told) => {
+    const { driverTooOld } = await library("setup");
+    const machine = runs === null ? { driver: null } : { driver: { version: "550.1", cuda: runs } };
+    const text = driverTooOld({ version: "2.14.1", cuda, path: "/x" }, machine);
+    expect(text !== null).toBe(told);
+    if (told) expect(text).toMatch(/550\.1.*CUDA 12\.4.*CUDA 13\.0.*STROMA_LIBTORCH/);
+    expect(driverTooOld({ version: "2.14.1", cuda, path: "/x" }, null)).toBeNull();
+  });
+});

@@ -152,6 +152,7 @@ export class FakeSession implements NativeSession {
       bytesSent: 0,
       bytesReceived: 0,
       skippedBlocks: [],
+      newDeviceSegments: 0,
       peakDeviceBytes: 0,
       peakHostBytes: 4 * V * V,
     };

@@ -1,5 +1,6 @@
 /** Trainers over the fake session and the letters: for the loop's laws, in milliseconds. */
 import { join } from "node:path";
+import { findProfile } from "../../src/plan/profiles.js";
 import type { Tape } from "../../src/plan/types.js";
 import type { TrainEvent } from "../../src/train/events.js";
 import type { NativeSession } from "../../src/train/native-session.js";
@@ -36,7 +37,9 @@ export function fakeParts(faults: FakeFaults = {}, vocabulary = LETTERS.length):
       graph: (mode) => bigramGraph(vocabulary, mode),
       huggingFaceConfig: { model_type: "bigram" },
     }),
+    chooseDevice: (asked) => ({ device: asked === "auto" || asked === "cuda" ? "cpu" : asked, why: null }),
     computeDType: async () => ({ dtype: "float32", why: "nothing is computed here" }),
+    resources: async () => ({ cardBytes: null, memoryBytes: 1e12, profile: findProfile("cpu"), guess: null }),
     context: async () => null,
     plan: async (graph, o) => {
       const placement = { arenas: { deviceBytes: 0, hostBytes: 0, diskBytes: 0 }, homes: [] };

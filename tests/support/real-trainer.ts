@@ -6,6 +6,7 @@ export const REAL = {
     config: { vocabSize: 260, dim: 32, layers: 2, heads: 4, kvHeads: 2, ffn: 48, maxPositions: 128, dropout: 0.1 },
   },
   data: { source: "planets", count: 64, workers: 0 },
+  device: "cpu",
   steps: 8,
   batchSize: 6,
   microBatchSize: 2,

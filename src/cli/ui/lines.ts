@@ -5,6 +5,10 @@ import { formatBytes, formatCount, formatDuration, formatLoss, formatRate, print
 import { sparkline } from "./plot.js";
 import { type RunState, secondsLeft } from "./state.js";
 
+/** The device, and why it is this one where nobody said. */
+const deviceOf = ({ device, deviceReason }: StartEvent): string =>
+  deviceReason === null ? device : `${device}: ${deviceReason}`;
+
 /** What is not the plain case of float32 and AdamW. */
 function formatsOf({ dtype, dtypeReason, precision, masterWeight, optimizer }: StartEvent): string[] {
   const why = dtypeReason === null ? "" : ` (${dtypeReason})`;
@@ -25,7 +29,7 @@ export function describeEvent(event: TrainEvent, state: RunState, c: Colors, wid
       return (
         `${c.bold(event.model)}, ${formatCount(event.parameters)} parameters, on ${c.bold(event.data)}: ` +
         `steps ${event.step + 1} to ${event.steps}, ${formatCount(event.tokensPerStep)} tokens each ` +
-        c.dim(`(${[event.schedule, event.device, ...formatsOf(event)].join(", ")})`) +
+        c.dim(`(${[event.schedule, deviceOf(event), ...formatsOf(event)].join(", ")})`) +
         c.dim(`\nplan: ${event.plan}`) +
         from
       );

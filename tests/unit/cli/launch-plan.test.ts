@@ -4,8 +4,8 @@ import { join } from "node:path";
 import { afterAll, describe, expect, it } from "vitest";
 import { ResumePoint } from "../../../src/cli/launch.js";
 import { countCards, type DistributedPlan, distributedPlan, type RankFlags } from "../../../src/cli/launch-plan.js";
+import type { MachineFacts } from "../../../src/device.js";
 import type { StromaError } from "../../../src/errors.js";
-import type { ProbeReport } from "../../../src/native.js";
 
 const RANK = {
   RANK: "2",
@@ -38,6 +38,15 @@ describe("alone, launcher or rank", () => {
     [{ ranks: 2 }, { mode: "launch", ranks: 2 }],
     [{ gpus: 1 }, { mode: "single", device: "cuda:0" }],
     [{ gpus: 3 }, { mode: "launch", ranks: 3 }],
+    [
+      { gpus: 2, device: "cuda" },
+      { mode: "launch", ranks: 2 },
+    ],
+    [
+      { ranks: 2, device: "auto" },
+      { mode: "launch", ranks: 2 },
+    ],
+    [{ device: "cuda:1" }, { mode: "single" }],
     [{ distributed: true }, { mode: "launch", ranks: 4 }],
     [
       { distributed: true, gpus: 2 },
@@ -105,6 +114,9 @@ describe("contradictions are refused with the arithmetic", () => {
       "4 ranks were started on this machine, which has 2 cards to use: 4 > 2",
     ],
     [[{ gpus: 2, device: "cpu" }], "--gpus 2 trains on cards, and --device cpu is given"],
+    [[{ gpus: 1, device: "cuda:1" }], "--device cuda:1 is given: leave one out; CUDA_VISIBLE_DEVICES says which"],
+    [[{ ranks: 2, device: "cuda" }], "--ranks 2 and --device cuda: all ranks would be on one card"],
+    [[{ device: "cuda:0" }, RANK], "torchrun (WORLD_SIZE) started 4 ranks and --device cuda:0"],
     [[{ restart: 1 }, RANK], "torchrun --max-restarts N"],
     [[{ transport: "gloo" }], "--transport gloo is how several ranks exchange"],
     [[{ rankTimeout: 5 }], "--rank-timeout 5 is for a run over several ranks"],
@@ -115,7 +127,15 @@ describe("contradictions are refused with the arithmetic", () => {
 });
 
 describe("cards that may be used", () => {
-  const machine = (n: number) => ({ gpus: Array.from({ length: n }, (_, index) => ({ index })) }) as ProbeReport;
+  const machine = (n: number, visible?: string, cuda: string | null = "13.0") =>
+    ({
+      probe: {
+        gpus: Array.from({ length: n }, (_, index) => ({ index, name: "a card", computeCapability: "8.6" })),
+        driver: n === 0 ? null : { version: "580", cuda: "13.0" },
+      },
+      build: { version: "2.14.1", cuda },
+      visible,
+    }) as MachineFacts;
 
   it.each<[string | undefined, number, number]>([
     [undefined, 4, 4],
@@ -128,11 +148,13 @@ describe("cards that may be used", () => {
     ["GPU-8932f937,MIG-a", 4, 2],
     ["0,1", 0, 0],
   ])("CUDA_VISIBLE_DEVICES=%s of %i: %i", (visible, cards, usable) => {
-    expect(countCards({ CUDA_VISIBLE_DEVICES: visible }, machine(cards))).toBe(usable);
+    expect(countCards({}, machine(cards, visible))).toBe(usable);
   });
 
   it("nothing that could count them is an error with its cure", () => {
-    expect(() => countCards({}, null)).toThrow(expect.objectContaining({ code: "NOT_SET_UP" }));
+    const notSetUp = expect.objectContaining({ code: "NOT_SET_UP" });
+    expect(() => countCards({}, { ...machine(2), probe: null })).toThrow(notSetUp);
+    expect(() => countCards({}, machine(2, undefined, null))).toThrow("this is the CPU build");
   });
 });
 

@@ -52,6 +52,7 @@ describe("the options, declared once", () => {
           "--sequence-length",
           "--micro-batch-size",
           "--micro-batches",
+          "--device",
           "--threads",
           "--json",
         ],
@@ -63,6 +64,7 @@ describe("the options, declared once", () => {
           "--top-k",
           "--top-p",
           "--seed",
+          "--device",
           "--threads",
           "--json",
         ],
@@ -164,6 +166,7 @@ describe("the options, declared once", () => {
       "onBadSource",
       "optimizer",
       "dtype",
+      "device", // what it becomes here is the machine's
       "deviceMemory",
       "hostMemory",
       "disk",
@@ -174,6 +177,7 @@ describe("the options, declared once", () => {
       // After a semicolon: what it is where another option is given.
       expect([name, String(resolved[name])]).toEqual([name, String(spec.default).split(";")[0]]);
     }
+    expect(resolved.deviceAsked).toBe(trainOptions.device.default);
     expect((resolved.optimizer as { kind: string }).kind).toBe(trainOptions.optimizer.default);
     expect((resolved.optimizer as { weightDecay: number }).weightDecay).toBe(trainOptions.weightDecay.default);
   });

@@ -26,6 +26,7 @@ const start: StartEvent = {
   tokensPerStep: 2048,
   schedule: "breadthFirst",
   device: "cpu",
+  deviceReason: null,
   dtype: "float32",
   dtypeReason: null,
   precision: "float32",

@@ -47,6 +47,7 @@ function run(tape: Tape, of: Graph = graph): ProfileInput {
   const result = {
     seconds: Math.max(...endMs) / 1e3,
     nonFinite: null,
+    newDeviceSegments: 0,
     peakDeviceBytes: Math.max(...devicePeakBytes),
     bytesToDevice: 1,
     bytesFromDevice: 2,

@@ -179,6 +179,7 @@ describe("the picture of the loss", () => {
         tokensPerStep: 1,
         schedule: "breadthFirst",
         device: "cpu",
+        deviceReason: null,
         dtype: "float32",
         dtypeReason: null,
         precision: "float32",
