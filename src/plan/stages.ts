@@ -22,8 +22,9 @@ export const STAGE_RULES = ["alternating", "contiguous", "interleaved"] as const
 const INTERLEAVED = 2;
 
 /**
- * By block, one of so many stages. Blocks that share a parameter (tied embeddings) go where the first of them is. Throws
- * CONFIG for too many.
+ * By block, one of so many stages. Dealt out in turn, blocks that share a parameter (tied embeddings) go where the first of
+ * them is: nothing of it crosses then, and in that order nobody waits for it. In stretches the last block must not wait
+ * for the first stage, so they share it across (ties.ts). Throws CONFIG for too many.
  */
 export function assignStages(graph: Graph, ranks: number, rule: StageRule = "alternating"): number[] {
   const blocks = graph.blocks.length;
@@ -32,7 +33,7 @@ export function assignStages(graph: Graph, ranks: number, rule: StageRule = "alt
     rule === "alternating"
       ? graph.blocks.map((_, b) => b % ranks)
       : contiguous(workOf(graph), ranks * stretches).map((stretch) => stretch % ranks);
-  for (let b = 0; b < blocks; b++) {
+  for (let b = 0; b < blocks && rule === "alternating"; b++) {
     const first = tiedTo(graph, b);
     if (first !== null) of[b] = of[first]!;
   }
@@ -40,7 +41,7 @@ export function assignStages(graph: Graph, ranks: number, rule: StageRule = "alt
   return of;
 }
 
-/** Throws CONFIG for ranks without work, and for a parameter that two ranks would use. */
+/** Throws CONFIG for ranks without work. */
 export function checkStages(graph: Graph, stages: Stages): void {
   const { rank, ranks, of } = stages;
   const refuse = (why: string) => {
@@ -65,11 +66,6 @@ export function checkStages(graph: Graph, stages: Stages): void {
   for (const [b, r] of of.entries()) {
     if (!Number.isSafeInteger(r) || r < 0 || r >= count)
       refuse(`block ${graph.blocks[b]!.name} is on ${one} ${r}, and there are ${count}`);
-    for (const owner of ownersOf(graph, b))
-      if (of[owner] !== r)
-        refuse(
-          `blocks ${graph.blocks[owner]!.name} and ${graph.blocks[b]!.name} share a parameter: give them one ${one}`,
-        );
   }
   for (let r = 0; r < count; r++)
     if (!of.includes(r))
@@ -85,7 +81,7 @@ export function isContiguous(graph: Graph, { of }: Stages): boolean {
 
 /**
  * By block, which of its stage's stretches it is in, where stages take their turns 0, 1, ..., R - 1 equally often, more
- * than once; null otherwise. With a head that is tied to the embedding on the first stage, ranks would wait for each other.
+ * than once; null otherwise.
  */
 export function stretchesOf(stages: Stages): number[] | null {
   const { of } = stages;

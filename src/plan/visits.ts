@@ -21,7 +21,7 @@ export interface Visit {
   passes: Pass[];
   /** Blocks updated before the passes, by the gradients that the last step retained. */
   pending: number[];
-  /** Blocks whose gradient sums the passes complete. */
+  /** Blocks whose gradient sums the passes complete; with ranks and update on backward, after all losses are known. */
   complete: number[];
   /** Blocks updated in a visit of their own, after the coefficient. */
   end: number[];
@@ -67,6 +67,7 @@ export function visitsOf(flow: Flow, policy: Pick<Policy, "schedule" | "update" 
     if (update === "forward")
       visits.find(({ passes: [pass] }) => flow.owners[pass!.block]!.includes(b))!.pending.push(b);
   }
+  if (update === "backward" && flow.stages !== undefined) holdUpdates(flow, visits);
   if (update === "end") for (const b of flow.trained) visits.push({ passes: [], pending: [], complete: [], end: [b] });
   return visits;
 }
@@ -95,6 +96,35 @@ function interleaved(
   }
   return steps;
 }
+
+/**
+ * No update stands before the last pass that may give a loss which is not finite: with several losses, some would. Where a
+ * loss waits for a gradient of a later block, perhaps of a rank that would wait to hear of the loss, all updates stand at
+ * the end.
+ */
+function holdUpdates(flow: Flow, visits: Visit[]): void {
+  const last = lossesWait(flow) ? visits.length - 1 : visits.findLastIndex(({ passes: [pass] }) => pass!.op !== "backward");
+  const held = visits.slice(0, Math.max(0, last)).flatMap((v) => v.complete.splice(0));
+  visits[last]?.complete.unshift(...held);
+}
+
+/** Whether a loss adds to a boundary's gradient behind the backward of a later block. */
+const lossesWait = (flow: Flow): boolean =>
+  flow.programs.some(
+    (_, b) =>
+      flow.isTurn(b) &&
+      flow.sources(b).some((_, i) => {
+        const source = flow.gradientSource(b, i);
+        if (source === null) return false;
+        return flow.programs.some((_, later) => {
+          if (later <= b || flow.isTurn(later) || !flow.hasBackward(later)) return false;
+          return flow.sources(later).some((_, k) => {
+            const other = flow.gradientSource(later, k);
+            return other !== null && other.block === source.block && other.output === source.output;
+          });
+        });
+      }),
+  );
 
 /** Stages whose first block comes behind that of the flow's own. */
 function stagesAfter({ stages }: Flow): number {
