@@ -107,15 +107,12 @@ class CudaCopies final : public Copies {
     // Copies of this step follow the work that came before it.
     begin_.record(compute());
     for (const auto& stream : streams_) check(cudaStreamWaitEvent(stream.stream(), begin_.get(), 0), "a stream's wait");
-  }
-
-  void issue(int instruction) override {
-    const Instruction& copy = tape_->instructions[instruction];
-    const int q = copy.line();
-    counts_.bytes[static_cast<int>(copy.queue)] += copy.bytes;
-    {
-      const std::lock_guard lock(mutex_);
-      queues_[q].push_back(instruction);
+    for (size_t i = 0; i < n; ++i) {
+      const Instruction& copy = tape.instructions[i];
+      if (!copy.queued()) continue;
+      const int q = copy.line();
+      counts_.bytes[static_cast<int>(copy.queue)] += copy.bytes;
+      queues_[q].push_back(static_cast<int>(i));
       if (!threads_[q].joinable()) threads_[q] = std::thread([this, q] { serve(q); });
     }
     changed_.notify_all();

@@ -1,6 +1,6 @@
 /**
  * Plays the tapes of all ranks together, in one of the orders in which their queues may run: whatever can complete
- * completes. What is queued is known to its queue once all passes and updates before it in the tape are done. A send and its receive complete together, when both are first on their queues and have what they wait for;
+ * completes. Every queue has all that is its own from the beginning, as in the engine. A send and its receive complete together, when both are first on their queues and have what they wait for;
  * an agreement when all ranks have reported; a coefficient when all ranks are there. Completing something never hinders
  * anything else, so if this order reaches the end every order does, and what an instruction waited for is the same in
  * all of them.
@@ -46,8 +46,6 @@ export function playRanks(tapes: readonly Tape[], complete: (together: readonly 
     const { tape, lines, next, done } = ranks[rank]!;
     const at = lines.get(queue)?.[next.get(queue)!];
     if (at === undefined) return null;
-    // The one who computes hands out copies and messages on the way.
-    if (queue !== "compute" && (lines.get("compute")?.[next.get("compute")!] ?? at) < at) return null;
     return tape.instructions[at]!.waits.every((w) => done[w] === 1) ? { rank, queue, at } : null;
   };
   const end = (together: readonly Played[]) => {

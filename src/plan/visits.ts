@@ -99,32 +99,22 @@ function interleaved(
 
 /**
  * No update stands before the last pass that may give a loss which is not finite: with several losses, some would. Where a
- * loss waits for a gradient of a later block, perhaps of a rank that would wait to hear of the loss, all updates stand at
- * the end.
+ * loss waits for the backward of a later block, perhaps of a rank that waits to hear of the loss, all updates stand at the
+ * end.
  */
 function holdUpdates(flow: Flow, visits: Visit[]): void {
-  const last = lossesWait(flow) ? visits.length - 1 : visits.findLastIndex(({ passes: [pass] }) => pass!.op !== "backward");
+  const last = lossesWait(flow)
+    ? visits.length - 1
+    : visits.findLastIndex(({ passes: [pass] }) => pass!.op !== "backward");
   const held = visits.slice(0, Math.max(0, last)).flatMap((v) => v.complete.splice(0));
   visits[last]?.complete.unshift(...held);
 }
 
-/** Whether a loss adds to a boundary's gradient behind the backward of a later block. */
-const lossesWait = (flow: Flow): boolean =>
-  flow.programs.some(
-    (_, b) =>
-      flow.isTurn(b) &&
-      flow.sources(b).some((_, i) => {
-        const source = flow.gradientSource(b, i);
-        if (source === null) return false;
-        return flow.programs.some((_, later) => {
-          if (later <= b || flow.isTurn(later) || !flow.hasBackward(later)) return false;
-          return flow.sources(later).some((_, k) => {
-            const other = flow.gradientSource(later, k);
-            return other !== null && other.block === source.block && other.output === source.output;
-          });
-        });
-      }),
-  );
+/** Whether a loss stands behind the backward of another block, in the order in which every rank runs its own. */
+function lossesWait(flow: Flow): boolean {
+  const first = flow.programs.findIndex((_, b) => flow.isTurn(b));
+  return flow.programs.some((_, b) => b > first && !flow.isTurn(b) && flow.hasBackward(b));
+}
 
 /** Stages whose first block comes behind that of the flow's own. */
 function stagesAfter({ stages }: Flow): number {

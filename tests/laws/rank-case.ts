@@ -121,22 +121,30 @@ export async function trainRanks(
   };
 }
 
-/** Tied blocks together, every rank with something; null where the draw left one without. */
-export function randomStages(next: () => number, graph: LawCase["graph"], ranks: number): number[] | null {
+/** Every rank with something, tied blocks together or wherever they fall; null where the draw left one without. */
+export function randomStages(
+  next: () => number,
+  graph: LawCase["graph"],
+  ranks: number,
+  ties: "together" | "apart" = "together",
+): number[] | null {
   const of: number[] = [];
   const inOrder = next() < 0.5;
   for (const b of graph.blocks.keys()) {
     const first = ownersOf(graph, b)[0];
     const drawn = inOrder ? Math.floor((b * ranks) / graph.blocks.length) : Math.floor(next() * ranks);
-    of.push(first !== undefined && first < b ? of[first]! : drawn);
+    of.push(ties === "together" && first !== undefined && first < b ? of[first]! : drawn);
   }
   return new Set(of).size === ranks ? of : null;
 }
 
-/** Two stretches of blocks a rank; null where the graph has too few for it, or its head is tied to the embedding. */
+/** Whether stages share a parameter. */
+export const shareAcross = (graph: LawCase["graph"], of: readonly number[]): boolean =>
+  graph.blocks.some((_, b) => ownersOf(graph, b).some((owner) => of[owner] !== of[b]));
+
+/** Two stretches of blocks a rank; null where the graph has too few for it. */
 export function interleavedStages(graph: LawCase["graph"], ranks: number): number[] | null {
-  const groups = new Set(graph.blocks.map((_, b) => ownersOf(graph, b)[0] ?? b)).size;
-  if (groups < graph.blocks.length || graph.blocks.length < 2 * ranks) return null;
+  if (graph.blocks.length < 2 * ranks) return null;
   const of = assignStages(graph, ranks, "interleaved");
   return stretchesOf({ rank: 0, ranks, of }) === null ? null : of;
 }

@@ -1,17 +1,16 @@
 /**
- * Laws 1, 3 and 6 for several ranks: whatever blocks are on whichever rank, losses, norms, parameters and moments are
- * those of one rank, to the bit, and the bytes on the wire are those of the tapes.
+ * Laws 1, 3 and 6 for several ranks: whatever blocks are on whichever rank, those that share a parameter too, losses, norms,
+ * parameters and moments are those of one rank, to the bit, and the bytes on the wire are those of the tapes.
  */
 import { mkdtempSync, readdirSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, describe, expect, it } from "vitest";
-import { ownersOf } from "../../src/plan/layout.js";
 import { isContiguous } from "../../src/plan/stages.js";
 import { nativeOrSkip } from "../support/native.js";
 import { random } from "../support/random-models.js";
 import { lawCase } from "./offload-case.js";
-import { interleavedStages, RankGroups, randomStages, trainRanks } from "./rank-case.js";
+import { interleavedStages, RankGroups, randomStages, shareAcross, trainRanks } from "./rank-case.js";
 import { differences, randomPolicy, sessionOptions, trainResident } from "./trial.js";
 
 const native = nativeOrSkip();
@@ -26,20 +25,19 @@ afterAll(async () => {
 
 describe.skipIf(!native)("any number of ranks gives the same numbers", () => {
   it(`holds over ${cases} random models, plans and stages`, { timeout: cases * 4_000 + 60_000 }, async () => {
+    let shared = 0;
     for (let seed = firstSeed; seed < firstSeed + cases; seed++) {
       const c = lawCase(seed);
       const next = random(seed * 104_729 + 7);
-      const size = Math.min(
-        1 + Math.floor(next() * 4),
-        new Set(c.graph.blocks.map((_, b) => ownersOf(c.graph, b)[0] ?? b)).size,
-      );
+      const size = Math.min(1 + Math.floor(next() * 4), c.graph.blocks.length);
       const policy = randomPolicy(next, c);
       if (policy.boundary === "slot") policy.boundary = "device";
-      let of = randomStages(next, c.graph, size);
+      let of = randomStages(next, c.graph, size, next() < 0.6 ? "apart" : "together");
       if (of === null) continue;
       const turns = c.microBatches % size === 0 ? interleavedStages(c.graph, size) : null;
       if (next() < 0.4 && turns !== null) of = turns;
       const stages = { rank: 0, ranks: size, of };
+      if (shareAcross(c.graph, of)) shared++;
       if (next() < 0.6 && (of === turns || isContiguous(c.graph, stages))) policy.schedule = "oneForwardOneBackward";
       const ranks = await groups.of(size);
       const options = sessionOptions(c, {
@@ -64,5 +62,6 @@ describe.skipIf(!native)("any number of ranks gives the same numbers", () => {
         }
     }
     expect(readdirSync(folder)).toEqual([]);
+    if (cases >= 20) expect(shared, "cases in which stages share a parameter").toBeGreaterThan(cases / 6);
   });
 });
