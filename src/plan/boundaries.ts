@@ -129,10 +129,10 @@ export class Boundaries {
   /** Copies that begin after a pass. */
   after(pass: number): void {
     const { buffers } = this.emitter;
-    for (const { operand, count, peer, peerPass } of this.sends[pass] ?? []) {
+    for (const { operand, count, peer, taken } of this.sends[pass] ?? []) {
       const value = this.find(operand.kind, operand.block, operand.output, operand.microBatch)!;
       this.emitter.exchange("send", operand, count, peer, value.here, value.bytes);
-      this.rest(value.here, pass, peerPass);
+      this.rest(value.here, pass, taken);
       // A partial sum that comes back is another one.
       if (operand.kind === "dx") value.here = -1;
     }
@@ -156,18 +156,18 @@ export class Boundaries {
     for (const link of this.owes[pass] ?? []) this.sendTied(link);
   }
 
-  private sendTied({ operand, peer, pass, peerPass }: Link<Tied>): void {
+  private sendTied({ operand, peer, pass, taken }: Link<Tied>): void {
     const { place, bytes } = this.emitter.tied(operand);
     this.emitter.exchange("send", operand, 0, peer, place, bytes);
-    this.rest(place, pass, peerPass);
+    this.rest(place, pass, taken);
   }
 
   /**
    * What is sent is gone when the peer asks for it, near the pass that needs it there. Who writes its place before waits
    * for the peer, and the peer perhaps for what it would do next.
    */
-  private rest(p: P, pass: number, peerPass: number): void {
-    this.resting.push({ p, until: Math.max(pass + REST, peerPass) });
+  private rest(p: P, pass: number, taken: number): void {
+    this.resting.push({ p, until: Math.max(pass + REST, taken) });
   }
 
   /** Everything that the peer sends before it comes before it. */

@@ -6,11 +6,12 @@
  *
  * Two ranks meet in the sender's order: the k-th send meets the k-th receive.
  */
+import { clockOf, type Meeting } from "./clock.js";
 import { Flow } from "./flow.js";
 import type { BlockLayout } from "./layout.js";
 import { groupsOf, rankAt, sharersOf } from "./mesh.js";
 import type { Policy } from "./policy.js";
-import { ties } from "./ties.js";
+import { asksForSums, ties } from "./ties.js";
 import type { Boundary, Stages, Tied } from "./types.js";
 import { type Visit, visitsOf } from "./visits.js";
 
@@ -20,12 +21,12 @@ export interface Link<O = Boundary | Tied> {
   count: number;
   peer: number;
   /**
-   * Index of the pass that it follows (of what is sent; a tied parameter goes before it) or that needs it (of what is
-   * received; what is tied is asked for at it, and needed later).
+   * Of what is sent: index of the pass that it follows (a tied parameter goes before it). Of what is received: of the pass
+   * that needs it, or at which it is asked for if that is sooner.
    */
   pass: number;
-  /** The same at the peer, in its own numbering; of what is tied, in this rank's. */
-  peerPass: number;
+  /** Of what is sent: the pass, in this rank's numbering, by which the peer has come to asking for it. */
+  taken: number;
 }
 export interface Links {
   /** In the order of passes. */
@@ -36,7 +37,7 @@ export interface Links {
 
 /** A pass of a rank, by its name or its index. */
 type End = { rank: number; key: string } | { rank: number; pass: number };
-/** From a pass of one rank to one of another. */
+/** From a pass of one rank to the one of another that needs it. */
 export interface Crossing<O = Boundary | Tied> {
   operand: O;
   count: number;
@@ -67,45 +68,56 @@ export function links(
   const ordered = { ...policy, stages };
   const { rank } = stages;
   const way = ways(flow, ordered);
-  const between = new Map<string, Crossing[]>();
-  for (const crossing of crossings(flow.graph, ordered, way, layouts)) {
-    const [from, to] = [crossing.from.rank, crossing.to.rank];
-    if (from !== rank && to !== rank) continue;
-    const list = between.get(`${from} ${to}`);
-    if (list === undefined) between.set(`${from} ${to}`, [crossing]);
-    else list.push(crossing);
-  }
+  const all = crossings(flow.graph, ordered, way, layouts).map((c): Meeting => {
+    const passOf = (end: End) => ("key" in end ? way(end.rank).index.get(end.key)! : end.pass);
+    return { ...c, from: { ...c.from, pass: passOf(c.from) }, to: { ...c.to, pass: passOf(c.to) } };
+  });
   const peers = [...Array(stages.ranks).keys()];
+  const clock = clockOf(peers.map(way), all, policy.update);
+  const between = new Map<string, Meeting[]>();
+  for (const m of all) {
+    if (m.from.rank !== rank && m.to.rank !== rank) continue;
+    const key = `${m.from.rank} ${m.to.rank}`;
+    const list = between.get(key);
+    if (list === undefined) between.set(key, [m]);
+    else list.push(m);
+  }
+  const met = (from: number, to: number) => inOrder(between.get(`${from} ${to}`) ?? [], way(to));
   const sends = peers.flatMap((to) =>
-    meetings(between.get(`${rank} ${to}`) ?? [], way).map(({ from, to: there, ...m }) => {
-      const scale = isTied(m.operand) ? way(rank).passes / way(to).passes : 1;
-      return { ...m, peer: to, pass: from, peerPass: Math.ceil(there * scale) };
+    met(rank, to).map(({ operand, count, from, asked }) => {
+      const when = clock[to]![asked] ?? Number.POSITIVE_INFINITY;
+      return { operand, count, peer: to, pass: from.pass, taken: firstAfter(clock[rank]!, when) };
     }),
   );
   const receives = peers.map((from) =>
-    meetings(between.get(`${from} ${rank}`) ?? [], way).map(({ from: there, to, ...m }) => ({
-      ...m,
-      peer: from,
-      pass: to,
-      peerPass: there,
-    })),
+    met(from, rank).map(({ operand, count, asked }) => ({ operand, count, peer: from, pass: asked, taken: asked })),
   );
   return { sends: sends.toSorted((a, b) => a.pass - b.pass), receives };
 }
 
-/** Crossings from one rank to another in the sender's order, with the passes of both. */
-function meetings(list: readonly Crossing[], way: (rank: number) => Way) {
-  const passOf = (end: End) => ("key" in end ? way(end.rank).index.get(end.key)! : end.pass);
-  const met = list
-    .map(({ operand, count, from, to }) => ({ operand, count, from: passOf(from), to: passOf(to) }))
-    .toSorted((a, b) => a.from - b.from);
+/** From one rank to another, in the sender's order, with the pass at which the other asks for it. */
+function inOrder(list: readonly Meeting[], to: Way): (Meeting & { asked: number })[] {
   // A parameter is asked for as soon as all is that comes before it, so that nobody keeps it for the other.
-  let asked = 0;
-  for (const m of met) {
-    if (isTied(m.operand) && m.operand.kind !== "sums") m.to = Math.min(m.to, asked);
-    else asked = Math.max(asked, m.to);
+  let latest = 0;
+  return list
+    .toSorted((a, b) => a.from.pass - b.from.pass)
+    .map((m) => {
+      const lent = isTied(m.operand) && m.operand.kind !== "sums";
+      const asked = lent ? Math.min(m.to.pass, latest) : isTied(m.operand) ? asksForSums(to, m.to.pass) : m.to.pass;
+      if (!lent) latest = Math.max(latest, asked);
+      return { ...m, asked };
+    });
+}
+
+/** Of ascending times: the first that is later than `when`. */
+function firstAfter(times: readonly number[], when: number): number {
+  let [low, high] = [0, times.length];
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (times[middle]! > when) high = middle;
+    else low = middle + 1;
   }
-  return met;
+  return low;
 }
 
 /** By rank, made when it is first asked for. */

@@ -43,7 +43,7 @@ export function ties(
         operand: { kind: "sums", block: user },
         count: 0,
         from: { rank: from, pass: lastPass(way(from), settled(way(from), user)) },
-        to: { rank: to, pass: Math.max(0, wanted - aheadOf(way(to))) },
+        to: { rank: to, pass: wanted + 1 },
       });
     }
   return { lent, owed };
@@ -71,8 +71,11 @@ function settled(way: Way, user: number): number {
 
 const lastPass = ({ visits }: Way, visit: number): number => visits[visit]!.passes.at(-1)!.index;
 
-/** Sums are asked for a visit ahead, or one micro-batch's way back. */
-function aheadOf({ flow, visits }: Way): number {
+/**
+ * When the owner's rank asks for sums that must be there before a pass: a visit ahead of the last one that adds to its own,
+ * or one micro-batch's way back.
+ */
+export function asksForSums({ flow, visits }: Way, before: number): number {
   const { length } = visits[0]!.passes;
-  return length > 1 ? length : flow.backwards.length;
+  return Math.max(0, before - 1 - (length > 1 ? length : flow.backwards.length));
 }
