@@ -21,19 +21,27 @@ export const STAGE_RULES = ["alternating", "contiguous", "interleaved"] as const
 /** Stretches of a stage. */
 const INTERLEAVED = 2;
 
+/** Whether blocks that share a parameter (tied embeddings) go where the first of them is, or wherever the rule puts them. */
+export type Ties = "together" | "apart";
+
 /**
- * By block, one of so many stages. Dealt out in turn, blocks that share a parameter (tied embeddings) go where the first of
- * them is: nothing of it crosses then, and in that order nobody waits for it. In stretches the last block must not wait
- * for the first stage, so they share it across (ties.ts). Throws CONFIG for too many.
+ * By block, one of so many stages. Dealt out in turn, tied blocks go together: nothing of what they share crosses then, and
+ * in that order nobody waits. In stretches the last block must not wait for the first stage: they share it across (ties.ts).
+ * Throws CONFIG for too many.
  */
-export function assignStages(graph: Graph, ranks: number, rule: StageRule = "alternating"): number[] {
+export function assignStages(
+  graph: Graph,
+  ranks: number,
+  rule: StageRule = "alternating",
+  ties: Ties = rule === "alternating" ? "together" : "apart",
+): number[] {
   const blocks = graph.blocks.length;
   const stretches = rule === "interleaved" ? Math.max(1, Math.min(INTERLEAVED, Math.floor(blocks / ranks))) : 1;
   const of =
     rule === "alternating"
       ? graph.blocks.map((_, b) => b % ranks)
       : contiguous(workOf(graph), ranks * stretches).map((stretch) => stretch % ranks);
-  for (let b = 0; b < blocks && rule === "alternating"; b++) {
+  for (let b = 0; b < blocks && ties === "together"; b++) {
     const first = tiedTo(graph, b);
     if (first !== null) of[b] = of[first]!;
   }
@@ -96,6 +104,8 @@ export function stretchesOf(stages: Stages): number[] | null {
   }
   return at > 0 && stage === count - 1 ? stretch : null;
 }
+
+export const hasTies = (graph: Graph): boolean => graph.blocks.some((_, b) => tiedTo(graph, b) !== null);
 
 /** The earlier block whose parameter b uses; null: b stands for itself. */
 function tiedTo(graph: Graph, b: number): number | null {
