@@ -72,6 +72,12 @@ function assemble(parts: readonly Part[]): Map<string, string> {
   return new Map([...tensors].map(([key, { bytes }]) => [key, bytes.toString("base64")]));
 }
 
+/** Steps and flushes of all ranks. */
+export const plansOf = (c: LawCase, policy: Policy, size: number, stages: Omit<Stages, "rank" | "ranks">) =>
+  Array.from({ length: size }, (_, rank) =>
+    writeTape(c.graph, { ...policy, stages: { ...stages, rank, ranks: size } }),
+  );
+
 /** What all ranks hold after the steps; each rank's results must be those of rank 0. */
 export async function trainRanks(
   native: NativeAddon,
@@ -80,10 +86,8 @@ export async function trainRanks(
   c: LawCase,
   policy: Policy,
   stages: Omit<Stages, "rank" | "ranks">,
+  plans = plansOf(c, policy, ranks.length, stages),
 ): Promise<Outcome & { sent: number[]; planned: number[]; results: Outcome["results"]; others: Outcome["results"][] }> {
-  const plans = ranks.map(({ rank, size }) =>
-    writeTape(c.graph, { ...policy, stages: { ...stages, rank, ranks: size } }),
-  );
   checkRanks(
     c.graph,
     plans.map((p) => p.step),

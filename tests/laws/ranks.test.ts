@@ -6,11 +6,13 @@ import { mkdtempSync, readdirSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, describe, expect, it } from "vitest";
+import { playRanks } from "../../src/plan/play-ranks.js";
 import { isContiguous } from "../../src/plan/stages.js";
+import type { Instruction, Tape } from "../../src/plan/types.js";
 import { nativeOrSkip } from "../support/native.js";
 import { random } from "../support/random-models.js";
 import { lawCase } from "./offload-case.js";
-import { interleavedStages, RankGroups, randomStages, shareAcross, trainRanks } from "./rank-case.js";
+import { interleavedStages, plansOf, RankGroups, randomStages, shareAcross, trainRanks } from "./rank-case.js";
 import { differences, randomPolicy, sessionOptions, trainResident } from "./trial.js";
 
 const native = nativeOrSkip();
@@ -64,4 +66,63 @@ describe.skipIf(!native)("any number of ranks gives the same numbers", () => {
     expect(readdirSync(folder)).toEqual([]);
     if (cases >= 20) expect(shared, "cases in which stages share a parameter").toBeGreaterThan(cases / 6);
   });
+
+  it("a rank that stands over a pass takes what others send: waits for sends that only so come to an end", {
+    timeout: 200_000,
+  }, async () => {
+    let found = 0;
+    for (let seed = firstSeed + 50_000; found < Math.min(cases, 8); seed++) {
+      const c = lawCase(seed, 2);
+      const next = random(seed * 104_729 + 7);
+      const size = Math.min(2 + Math.floor(next() * 3), c.graph.blocks.length);
+      const policy = randomPolicy(next, c);
+      if (policy.boundary === "slot") policy.boundary = "device";
+      const of = randomStages(next, c.graph, size, "apart");
+      if (of === null) continue;
+      const plans = plansOf(c, policy, size, { of });
+      const tapes = plans.map((p) => p.step);
+      for (let k = 0; k < 12; k++) waitForSend(next, tapes);
+      if (comesToAnEnd(tapes.map(handedOutOnTheWay))) continue;
+      found++;
+      const options = sessionOptions(c, { device: "sim", diskFolder: folder, threads: 1 });
+      const label = `seed ${seed}: ${c.label}, ${size} ranks, blocks on ${of}`;
+      const other = await trainRanks(native!, await groups.of(size), options, c, policy, { of }, plans);
+      expect(differences(other, await trainResident(native!, c, options.threads)), label).toEqual([]);
+    }
+  });
 });
+
+const comesToAnEnd = (tapes: readonly Tape[]): boolean => {
+  try {
+    playRanks(tapes);
+    return true;
+  } catch {
+    return false;
+  }
+};
+
+const isQueued = (i: Instruction) => i.op === "copy" || i.op === "send" || i.op === "receive";
+
+/** Some later pass or update of a rank waits for something that it sends, where the ranks come to an end with that. */
+function waitForSend(next: () => number, tapes: readonly Tape[]): void {
+  const { instructions } = tapes[Math.floor(next() * tapes.length)]!;
+  const sends = [...instructions.entries()].filter(([, i]) => i.op === "send");
+  if (sends.length === 0) return;
+  const [at] = sends[Math.floor(next() * sends.length)]!;
+  const later = instructions.slice(at).filter((i) => !isQueued(i) && !i.waits.includes(at));
+  const waiting = later[Math.floor(next() * Math.min(8, later.length))];
+  if (waiting === undefined) return;
+  waiting.waits.push(at);
+  if (!comesToAnEnd(tapes)) waiting.waits.pop();
+}
+
+/** The tape, if its queues heard of what is theirs when the walk over it comes there. */
+function handedOutOnTheWay(tape: Tape): Tape {
+  let computed = -1;
+  const instructions = tape.instructions.map((i, at) => {
+    if (isQueued(i)) return computed < 0 ? i : { ...i, waits: [...i.waits, computed] };
+    computed = at;
+    return i;
+  });
+  return { ...tape, instructions };
+}
