@@ -68,22 +68,20 @@ describe.skipIf(!native)("any number of ranks gives the same numbers", () => {
   });
 
   it("a rank that stands over a pass takes what others send: waits for sends that only so come to an end", {
-    timeout: 200_000,
+    timeout: 60_000,
   }, async () => {
-    let found = 0;
-    for (let seed = firstSeed + 50_000; found < Math.min(cases, 8); seed++) {
+    // One draw in a thousand is of that kind: found by asking `handedOutOnTheWay` of all from 50,000 on.
+    for (const seed of [50_541, 51_225, 53_282]) {
       const c = lawCase(seed, 2);
       const next = random(seed * 104_729 + 7);
       const size = Math.min(2 + Math.floor(next() * 3), c.graph.blocks.length);
       const policy = randomPolicy(next, c);
       if (policy.boundary === "slot") policy.boundary = "device";
-      const of = randomStages(next, c.graph, size, "apart");
-      if (of === null) continue;
+      const of = randomStages(next, c.graph, size, "apart")!;
       const plans = plansOf(c, policy, size, { of });
       const tapes = plans.map((p) => p.step);
       for (let k = 0; k < 12; k++) waitForSend(next, tapes);
-      if (comesToAnEnd(tapes.map(handedOutOnTheWay))) continue;
-      found++;
+      expect(comesToAnEnd(tapes.map(handedOutOnTheWay)), "this case shows nothing any more: find another").toBe(false);
       const options = sessionOptions(c, { device: "sim", diskFolder: folder, threads: 1 });
       const label = `seed ${seed}: ${c.label}, ${size} ranks, blocks on ${of}`;
       const other = await trainRanks(native!, await groups.of(size), options, c, policy, { of }, plans);
