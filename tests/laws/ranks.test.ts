@@ -6,12 +6,15 @@ import { mkdtempSync, readdirSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, describe, expect, it } from "vitest";
+import { model, ops, traceModel, type Value } from "../../src/graph/index.js";
+import * as nn from "../../src/nn/index.js";
+import { residentPolicy } from "../../src/plan/planner.js";
 import { playRanks } from "../../src/plan/play-ranks.js";
 import { isContiguous } from "../../src/plan/stages.js";
 import type { Instruction, Tape } from "../../src/plan/types.js";
 import { nativeOrSkip } from "../support/native.js";
-import { random } from "../support/random-models.js";
-import { lawCase } from "./offload-case.js";
+import { random, randomBatch } from "../support/random-models.js";
+import { type LawCase, lawCase } from "./offload-case.js";
 import { interleavedStages, plansOf, RankGroups, randomStages, shareAcross, trainRanks } from "./rank-case.js";
 import { differences, randomPolicy, sessionOptions, trainResident } from "./trial.js";
 
@@ -67,6 +70,30 @@ describe.skipIf(!native)("any number of ranks gives the same numbers", () => {
     if (cases >= 20) expect(shared, "cases in which stages share a parameter").toBeGreaterThan(cases / 6);
   });
 
+  it("holds where a gradient reaches a shared parameter on one rank alone, or on none", {
+    timeout: 120_000,
+  }, async () => {
+    const graph = traceModel(half, { dim: 12, vocab: 11 }, { mode: "train", dtype: "float32" });
+    const c: LawCase = { ...lawCase(1), graph, label: "half", dtype: "float32", clip: "global", maxGradNorm: 0.3 };
+    c.state = { storage: "float32", masterWeight: "none", optimizer: "adamw" };
+    c.steps = Array.from({ length: 3 }, (_, step) => ({
+      microBatches: Array.from({ length: c.microBatches }, (_, m) => randomBatch(graph, 11, 2, 9, step * 10 + m)),
+      ...{ step, seed: 5, learningRate: 1e-2, maxGradNorm: 0.3 },
+    }));
+    const options = sessionOptions(c, { threads: 1 });
+    const plain = await trainResident(native!, c, options.threads);
+    const policy = { ...residentPolicy(graph, { microBatches: c.microBatches, clip: "global" }), dims: c.dims };
+    for (const update of ["end", "forward"] as const) {
+      const given = { ...policy, boundary: "device", update } as const;
+      const other = await trainRanks(native!, await groups.of(2), options, c, given, { of: [0, 1, 1] });
+      expect(differences(other, plain), update).toEqual([]);
+    }
+    // The law is of something: what nothing reaches has no moments.
+    const of = (name: string) => plain.state.get(`exp_avg first.${name}`)!;
+    const zeros = Buffer.alloc(Buffer.from(of("none"), "base64").length).toString("base64");
+    expect(["here", "there", "none"].map((name) => of(name) === zeros)).toEqual([false, false, true]);
+  });
+
   it("a rank that stands over a pass takes what others send: waits for sends that only so come to an end", {
     timeout: 60_000,
   }, async () => {
@@ -88,6 +115,23 @@ describe.skipIf(!native)("any number of ranks gives the same numbers", () => {
       expect(differences(other, await trainResident(native!, c, options.threads)), label).toEqual([]);
     }
   });
+});
+
+/** Three matrices of two blocks: the first learns `here`, the second `there`, and of `none` only signs are read. */
+const half = model<{ dim: number; vocab: number }>("half", (m, { dim, vocab }) => {
+  const tokens = m.input("input_ids", "int64", ["B", "T"]);
+  const labels = m.input("labels", "int64", ["B", "T"]);
+  const signs = (w: Value) => ops.to(ops.gt(w, 0), "float32");
+  const x = m.block("first", (p) => {
+    const [here, there, none] = ["here", "there", "none"].map((name) => p.param(name, [dim, dim]));
+    const e = nn.embedding(p, tokens, vocab, dim);
+    return ops.add(ops.linear(e, here!), ops.linear(e, ops.add(signs(there!), signs(none!))));
+  });
+  const y = m.block("second", (p) => {
+    const [here, there, none] = ["here", "there", "none"].map((name) => p.at("first").param(name, [dim, dim]));
+    return ops.add(ops.linear(x, there!), ops.linear(x, ops.sub(signs(here!), signs(none!))));
+  });
+  return m.block("head", (p) => nn.crossEntropyHead(p, y, labels, { vocabSize: vocab }));
 });
 
 const comesToAnEnd = (tapes: readonly Tape[]): boolean => {
