@@ -42,6 +42,7 @@ const values = <T>(settled: PromiseSettledResult<T>[]): T[] =>
 
 const losses = (events: TrainEvent[]) => only(events, "step").map((e) => [e.step, e.loss, e.gradNorm]);
 
+const TIED_STILL = { config: { ...REAL.model.config, dropout: 0, tiedEmbeddings: true } };
 const TIED = { config: { ...REAL.model.config, tiedEmbeddings: true } };
 
 describe.skipIf(!native)("ranks", () => {
@@ -118,6 +119,17 @@ describe.skipIf(!native)("ranks", () => {
     expect(await model.generate("synthetic", { temperature: 0, maxTokens: 8 })).toHaveLength(8);
   });
 
+  test("in stages of shards, which share a parameter too, learn what shards alone do", async () => {
+    const all = { ...shared, model: TIED, device: "sim", offload: "host", shards: 2 } satisfies TrainerOptions;
+    const [shards, stages] = [folder("shards-alone"), folder("stages-of-shards")];
+    const [expected] = values(await runRanks(2, { ...all, outputDir: shards }));
+    for (const events of values(await runRanks(4, { ...all, stages: "contiguous", outputDir: stages }))) {
+      expect(only(events, "step").map((e) => e.loss)).toEqual(only(expected!, "step").map((e) => e.loss));
+      expect(only(events, "eval").map((e) => e.loss)).toEqual(only(expected!, "eval").map((e) => e.loss));
+    }
+    expect(await tensorsOf(stages)).toEqual(await tensorsOf(shards));
+  });
+
   test("that share the state go on to the bit, also as another number", async () => {
     const rest = { ...shared, learningRateSchedule: "constant" } as const;
     const [straight, halves] = [folder("shared-straight"), folder("shared-halves")];
@@ -154,14 +166,12 @@ describe.skipIf(!native)("ranks", () => {
     [2, { context: 2 }],
     [4, { context: 2, shards: 4, order: "breadthFirst" }],
     [4, { context: 2, shards: 1, replicas: 2, stages: "alternating", batchSize: 4 }],
+    [4, { context: 2, shards: 1, replicas: 2, stages: "contiguous", batchSize: 4, model: TIED_STILL }],
   ] as [number, Partial<TrainerOptions>][])("%i that share rows learn what one does: %j", async (size, extra) => {
     const model = { config: { ...REAL.model.config, dropout: 0, tiedEmbeddings: false } };
     const all = { ...options, model, dtype: "float64", precision: "float64", ...extra } satisfies TrainerOptions;
     const { context: _, shards: __, replicas: ___, stages: ____, ...plain } = all;
-    const [one, many] = [
-      folder(`rows-one-${size}-${Object.values(extra)}`),
-      folder(`rows-${size}-${Object.values(extra)}`),
-    ];
+    const [one, many] = [folder(`rows-one-${size}-${named(extra)}`), folder(`rows-${size}-${named(extra)}`)];
     await using alone = new Trainer({ ...plain, outputDir: one });
     const expected = await collect(alone);
     const ranks = values(await runRanks(size, { ...all, outputDir: many }));
