@@ -82,11 +82,12 @@ class Adversary final : public Copies {
     counts_ = {};
     for (auto& queue : queues_) queue.clear();
     std::fill(std::begin(started_), std::end(started_), false);
-  }
-  void issue(int instruction) override {
-    const Instruction& copy = tape_->instructions[instruction];
-    counts_.bytes[static_cast<int>(copy.queue)] += copy.bytes;
-    queues_[static_cast<int>(copy.queue)].push_back(instruction);
+    for (size_t i = 0; i < tape.instructions.size(); ++i) {
+      const Instruction& copy = tape.instructions[i];
+      if (!copy.queued()) continue;
+      counts_.bytes[static_cast<int>(copy.queue)] += copy.bytes;
+      queues_[static_cast<int>(copy.queue)].push_back(static_cast<int>(i));
+    }
     stir();
   }
   void await(int instruction) override {
@@ -159,7 +160,7 @@ class Adversary final : public Copies {
     if (copy.op != Instruction::Op::kCopy) fail("TAPE", "[tape] an instruction waits for one that has not run");
     const int q = static_cast<int>(copy.queue);
     while (!done_[instruction]) {
-      if (queues_[q].empty()) fail("TAPE", "[tape] an instruction waits for a copy that was not issued");
+      if (queues_[q].empty()) fail("TAPE", "[tape] an instruction waits for a copy that is none");
       for (const int w : tape_->instructions[queues_[q].front()].waits) complete(w);
       finish_front(q);
     }

@@ -1,6 +1,7 @@
 // The copy queues of a step: host to device, device to host, disk to host, host to disk, and to and from other ranks.
-// Each runs its instructions in order; an instruction begins when what it waits for is done. The executor issues copies
-// where they stand in the tape, asks await() before each of its own instructions and tells finished() after it.
+// Each has its instructions from the beginning of the step and runs them in order; one begins when what it waits for is
+// done, wherever the walk is: a rank that stands still over a pass must yet take what another sends to get on. The
+// executor asks await() before each of its own instructions and tells finished() after it.
 #pragma once
 #include <memory>
 
@@ -31,11 +32,10 @@ class Copies {
   virtual ~Copies() = default;
   // The tape and memory outlive the step. timeline may be null.
   virtual void begin(const Tape& tape, const Memory& memory, Timeline* timeline) = 0;
-  virtual void issue(int instruction) = 0;
   // Returns when the instructions that this one waits for are done. Throws what a copy failed with.
   virtual void await(int instruction) = 0;
   virtual void finished(int instruction) = 0;
-  // Returns when every issued copy is done; abort: drops those that have not begun. Throws what a copy failed with,
+  // Returns when every copy is done; abort: drops those that have not begun. Throws what a copy failed with,
   // unless aborting.
   virtual void end(bool abort) = 0;
   const CopyCounts& counts() const { return counts_; }

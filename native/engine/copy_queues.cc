@@ -16,6 +16,11 @@ void CopyQueues::stop() {
 }
 
 void CopyQueues::begin(const Tape& tape, const Memory& memory, Timeline* timeline) {
+  reset(tape, memory, timeline);
+  start();
+}
+
+void CopyQueues::reset(const Tape& tape, const Memory& memory, Timeline* timeline) {
   const std::lock_guard lock(mutex_);
   tape_ = &tape;
   memory_ = &memory;
@@ -26,14 +31,17 @@ void CopyQueues::begin(const Tape& tape, const Memory& memory, Timeline* timelin
   counts_ = {};
 }
 
-void CopyQueues::issue(int instruction) {
-  const Instruction& copy = at(instruction);
-  const int q = copy.line();
-  counts_.bytes[static_cast<int>(copy.queue)] += copy.bytes;
+void CopyQueues::start() {
   {
     const std::lock_guard lock(mutex_);
-    queues_[q].push_back(instruction);
-    if (!threads_[q].joinable()) threads_[q] = std::thread([this, q] { serve(q); });
+    for (size_t i = 0; i < tape_->instructions.size(); ++i) {
+      const Instruction& copy = tape_->instructions[i];
+      if (!copy.queued()) continue;
+      const int q = copy.line();
+      counts_.bytes[static_cast<int>(copy.queue)] += copy.bytes;
+      queues_[q].push_back(static_cast<int>(i));
+      if (!threads_[q].joinable()) threads_[q] = std::thread([this, q] { serve(q); });
+    }
   }
   changed_.notify_all();
 }

@@ -15,7 +15,6 @@ namespace stroma::engine {
 class CopyQueues : public Copies {
  public:
   void begin(const Tape& tape, const Memory& memory, Timeline* timeline) override;
-  void issue(int instruction) override;
   void await(int instruction) override;
   void finished(int instruction) override;
   void end(bool abort) override;
@@ -26,6 +25,9 @@ class CopyQueues : public Copies {
   void stop();
   // On the thread of its queue.
   virtual void carry_out(int instruction) = 0;
+  // The two halves of begin(): after start() the queues are at work.
+  void reset(const Tape& tape, const Memory& memory, Timeline* timeline);
+  void start();
   // The two halves of end().
   void drain(bool abort);
   void settle(bool abort);

@@ -66,7 +66,7 @@ class CudaCopies final : public CopyQueues {
 
   void begin(const Tape& tape, const Memory& memory, Timeline* timeline) override {
     if (links_) links_->open(tape);
-    CopyQueues::begin(tape, memory, timeline);
+    reset(tape, memory, timeline);
     const c10::cuda::CUDAGuard guard(device_);
     const size_t n = tape.instructions.size();
     // An event only where another queue waits for it.
@@ -90,6 +90,7 @@ class CudaCopies final : public CopyQueues {
     // Copies of this step follow the work that came before it.
     begin_->record(compute());
     for (const auto& stream : streams_) follow(stream.stream(), *begin_);
+    start();
   }
 
   void await(int instruction) override {

@@ -265,23 +265,34 @@ void Executor::gather_shards(int owner, at::Tensor& whole) const {
   });
 }
 
-// By block of a graph that shares the trained one's parameters: the rank that runs it, which is its parameters'; a
-// block without any runs where its first input comes from. Of a stage, the member that does what this rank does.
+// Of a stage, the member that does what this rank does.
+int Executor::rank_of_owner(int owner) const {
+  const std::optional<Stages>& stages = state_->placement().stages;
+  if (!stages.has_value()) return spec_.ranks ? spec_.ranks->spec().rank : 0;
+  return stages->counterpart(stages->of[owner]);
+}
+
+// By block of a graph that shares the trained one's parameters: the rank that runs it, which is the one with most of
+// its parameters (the last, if several have as much); others lend it theirs. A block without any runs where its first
+// input comes from.
 std::vector<int> Executor::ranks_of_blocks(const LoadedGraph& loaded) const {
   const std::optional<Stages>& among = state_->placement().stages;
   const int self = spec_.ranks ? spec_.ranks->spec().rank : 0;
   std::vector<int> rank_of(loaded.graph.blocks.size(), among.has_value() ? among->counterpart(0) : self);
   if (!among.has_value()) return rank_of;
-  std::vector<int> stages;
-  for (const int stage : among->of) stages.push_back(among->counterpart(stage));
   for (size_t b = 0; b < rank_of.size(); ++b) {
-    const auto& owners = loaded.owners[b];
-    if (!owners.empty()) {
-      rank_of[b] = stages[owners.front()];
-      for (const int owner : owners)
-        if (stages[owner] != rank_of[b])
-          fail("GRAPH", "[graph] block ", loaded.graph.blocks[b].name, " needs parameters of ranks ", rank_of[b],
-               " and ", stages[owner]);
+    if (!loaded.parameters[b].empty()) {
+      std::map<int, int64_t> elements;
+      for (const int index : loaded.parameters[b]) {
+        const ParameterSpec& p = state_->parameters[index].spec;
+        elements[rank_of_owner(p.owner)] += c10::multiply_integers(p.shape);
+      }
+      int64_t most = -1;
+      for (const auto& [rank, n] : elements)
+        if (n >= most) {
+          most = n;
+          rank_of[b] = rank;
+        }
       continue;
     }
     for (const Source& source : loaded.graph.blocks[b].inputs)
@@ -308,6 +319,17 @@ std::vector<std::vector<char>> Executor::readers(const LoadedGraph& loaded, cons
       if (static_cast<int>(r) % stages->members() == stages->member()) read.at(output.block)[r] = 1;
   for (size_t b = 0; b < graph.blocks.size(); ++b) read[b][rank_of[b]] = 0;
   return read;
+}
+
+// A parameter in the graph's dtype, for a run without a tape: to and from the rank that runs a block which uses it.
+void Executor::lend(const at::Tensor& parameter, int to) const {
+  const at::Tensor value = parameter.to(at::kCPU).contiguous().view({-1});
+  if (value.numel() > 0) spec_.ranks->send(Ranks::Channel::kEngine, value.view(at::kByte), to);
+}
+at::Tensor Executor::borrow(const Parameter& parameter, int from) const {
+  const at::Tensor value = at::empty(parameter.spec.shape, at::dtype(spec_.dtype));
+  if (value.numel() > 0) spec_.ranks->receive(Ranks::Channel::kEngine, value.view({-1}).view(at::kByte), from);
+  return value.to(spec_.device);
 }
 
 // A block's outputs from the rank that ran it to those that read them; shapes go before.

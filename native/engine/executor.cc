@@ -374,10 +374,7 @@ void Executor::walk(Step& step, const std::atomic<bool>& cancelled) {
   try {
     for (size_t i = 0; i < tape.instructions.size(); ++i) {
       const Instruction& at = tape.instructions[i];
-      if (at.queued()) {
-        copies_->issue(static_cast<int>(i));
-        continue;
-      }
+      if (at.queued()) continue;  // the queues have it
       // What the others have been told stands.
       const bool settled = step.agreed || step.reported != nullptr || (step.closed && !tape.has_copies);
       if (cancelled.load() && !tape.flush && !step.dead && !step.committed && !settled) {
@@ -554,12 +551,35 @@ std::map<std::string, at::Tensor> Executor::run(const std::string& name, const B
   const auto read = readers(loaded, rank_of);
   const int self = spec_.ranks ? spec_.ranks->spec().rank : 0;
   std::vector<std::vector<at::Tensor>> boundaries(graph.blocks.size());
+  const auto parameter_of = [&](int index) {
+    const Parameter& p = state_->parameters[index];
+    at::Tensor& all = flat[p.spec.owner];
+    if (!all.defined()) all = flat_parameters(p.spec.owner);
+    return all.narrow(0, p.offset, c10::multiply_integers(p.spec.shape)).view(p.spec.shape);
+  };
+  const auto used = [&](size_t b) {
+    for (const int owner : loaded.owners[b])
+      if (last_use[owner] == static_cast<int>(b)) flat[owner].reset();
+  };
+  // By parameter and rank, once: what its owner's rank has lent; here, what came.
+  std::map<std::pair<int, int>, at::Tensor> lent;
   for (size_t b = 0; b < graph.blocks.size(); ++b) {
     const BlockSpec& block = graph.blocks[b];
     const auto& specs = loaded.programs[block.program].spec().inputs;
+    for (const int index : loaded.parameters[b]) {
+      const Parameter& p = state_->parameters[index];
+      const int from = rank_of_owner(p.spec.owner), to = rank_of[b];
+      if (from == to || (from != self && to != self) || lent.count({index, to}) > 0) continue;
+      at::Tensor& came = lent[{index, to}];
+      if (from == self)
+        lend(parameter_of(index), to);
+      else
+        came = borrow(p, from);
+    }
     if (rank_of[b] != self) {
       boundaries[b].resize(loaded.programs[block.program].spec().outputs.size());
       share(boundaries[b], read[b], rank_of[b]);
+      used(b);
       continue;
     }
     std::vector<at::Tensor> inputs;
@@ -590,19 +610,14 @@ std::map<std::string, at::Tensor> Executor::run(const std::string& name, const B
           break;
       }
     }
-    for (const int owner : loaded.owners[b])
-      if (!flat[owner].defined()) flat[owner] = flat_parameters(owner);
     std::vector<at::Tensor> parameters;
     for (const int p : loaded.parameters[b]) {
-      const Parameter& parameter = state_->parameters[p];
-      parameters.push_back(flat[parameter.spec.owner]
-                               .narrow(0, parameter.offset, c10::multiply_integers(parameter.spec.shape))
-                               .view(parameter.spec.shape));
+      const auto came = lent.find({p, self});
+      parameters.push_back(came == lent.end() ? parameter_of(p) : came->second);
     }
     boundaries[b] = run_block(loaded, static_cast<int>(b), std::move(inputs), parameters, dims);
     if (spec_.ranks) share(boundaries[b], read[b], self);
-    for (const int owner : loaded.owners[b])
-      if (last_use[owner] == static_cast<int>(b)) flat[owner].reset();
+    used(b);
     for (size_t e = 0; e <= b; ++e)
       if (last[e] <= static_cast<int>(b) && last[e] >= 0) boundaries[e].clear();
   }
@@ -633,6 +648,8 @@ at::Tensor Executor::flat_parameters(int owner) const {
 
 at::Tensor Executor::gradient(const std::string& name) {
   const Parameter& p = state().find(name);
+  if (!state_->placement().is_mine(p.spec.owner))
+    fail("INVALID_ARGUMENT", "[session] the gradient of \"", name, "\" is on rank ", rank_of_owner(p.spec.owner));
   for (const auto& [block, use] : p.uses)
     if (block < static_cast<int>(last_sums_.size()) && last_sums_[block].has_value() && last_touched_[block][use])
       return state_->memory().view(

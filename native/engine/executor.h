@@ -129,6 +129,9 @@ class Executor {
                                     Keeper* keeper = nullptr) const;
   at::Tensor flat_parameters(int owner) const;
   void gather_shards(int owner, at::Tensor& whole) const;
+  int rank_of_owner(int owner) const;
+  void lend(const at::Tensor& parameter, int to) const;
+  at::Tensor borrow(const Parameter& parameter, int from) const;
   // With ranks (exchange.cc).
   void report(Step& step);
   void exchange(Step& step);
@@ -163,6 +166,10 @@ class Executor {
   void share_norms(Step& step, int block) const;
   at::Tensor combined(const std::vector<at::Tensor>& norms) const;
   bool reached(const Step& step, const Parameter& parameter) const;
+  std::vector<int> users_of(int owner) const;
+  bool borrowed(int block, int use) const;
+  void mark_untouched(const at::Tensor& sum) const;
+  void hear_of_uses(Step& step, const Instruction& at) const;
   void norm(Step& step, const Instruction& at);
   void coefficient(Step& step);
   void pack(Step& step, const Instruction& at);

@@ -258,6 +258,8 @@ void Executor::backward(Step& step, const Instruction& at, const Kept& ran) {
     at::Tensor sum = state_->memory().view(place(step, at.sums.at(0), "sums"),
                                            sums[i] * static_cast<int64_t>(c10::elementSize(state_->wide())),
                                            leaf.sizes(), state_->wide());
+    // Another stage gets these sums, and must know where no gradient came.
+    if (at.first && borrowed(at.block, static_cast<int>(i))) mark_untouched(sum);
     char* touched = &step.touched[at.block][i];
     on_gradient(leaf, [sum, touched](const at::Tensor& gradient) {
       // The first one overwrites: nothing is ever zeroed.

@@ -57,9 +57,40 @@ bool Executor::reached(const Step& step, const Parameter& p) const {
                      [&](const auto& use) { return step.touched[use.first][use.second]; });
 }
 
+bool Executor::borrowed(int block, int use) const {
+  const Parameter& p = state_->parameters[train_->parameters[block][use]];
+  return !state_->placement().is_mine(p.spec.owner);
+}
+
+// All ones: a not-a-number that no arithmetic makes, where a gradient's first element would be.
+void Executor::mark_untouched(const at::Tensor& sum) const {
+  const at::NoGradGuard no_grad;
+  if (sum.numel() > 0) sum.view({-1}).narrow(0, 0, 1).view(at::kByte).fill_(255);
+}
+
+// What other stages have sent of their own uses of a block's parameters, before all are added: which of them a gradient
+// reached.
+void Executor::hear_of_uses(Step& step, const Instruction& at) const {
+  const std::vector<int> users = users_of(at.block);
+  for (size_t k = 0; k < users.size() && k < at.sums.size(); ++k) {
+    const int user = users[k];
+    if (state_->placement().is_mine(user)) continue;
+    const auto& used = train_->parameters[user];
+    for (size_t i = 0; i < used.size(); ++i) {
+      const Parameter& p = state_->parameters[used[i]];
+      const int64_t offset = state_->layout[user].sums[i], itemsize = c10::elementSize(state_->wide());
+      if (p.spec.owner != at.block || offset < 0) continue;
+      const at::Tensor first =
+          state_->memory().view(place(step, at.sums[k], "sums"), offset * itemsize, {itemsize}, at::kByte);
+      step.touched[user][i] = !first.eq(255).all().item<bool>();
+    }
+  }
+}
+
 // The gradient of this rank's micro-batches, as wide as it travels. In place where sums have its layout.
 void Executor::partial(Step& step, const Instruction& at) {
   const at::NoGradGuard no_grad;
+  hear_of_uses(step, at);
   const Place& to = place(step, at.to, "the partial gradient");
   const at::ScalarType dtype = dtype_of(at.dtype);
   for (const TensorLayout& t : state_->layout[at.block].owned) {
@@ -107,15 +138,21 @@ at::Tensor Executor::summed(const Step& step, const Instruction& at, const Param
                                state_->wide());
 }
 
-at::Tensor Executor::user_sums(const Step& step, const Instruction& at, const Parameter& p, bool form) const {
+// The blocks that use a trainable parameter of this one, ascending. Those without a backward have no sums; the tape
+// leaves them out.
+std::vector<int> Executor::users_of(int owner) const {
   std::vector<int> users;
-  for (const Parameter& other : state_->parameters)
-    if (other.spec.owner == p.spec.owner && other.spec.trainable)
-      for (const auto& [block, use] : other.uses) users.push_back(block);
+  for (const Parameter& p : state_->parameters)
+    if (p.spec.owner == owner && p.spec.trainable)
+      for (const auto& [block, use] : p.uses) users.push_back(block);
   std::sort(users.begin(), users.end());
   users.erase(std::unique(users.begin(), users.end()), users.end());
-  // Blocks without a backward have no sums; the tape leaves them out.
   std::erase_if(users, [&](int block) { return !train_->has_backward[block]; });
+  return users;
+}
+
+at::Tensor Executor::user_sums(const Step& step, const Instruction& at, const Parameter& p, bool form) const {
+  const std::vector<int> users = users_of(p.spec.owner);
   if (users.size() != at.sums.size())
     fail("TAPE", "[tape] expected the sums of ", users.size(), " users of ", train_->graph.blocks[p.spec.owner].name,
          ", got ", at.sums.size());
@@ -138,6 +175,7 @@ at::Tensor Executor::user_sums(const Step& step, const Instruction& at, const Pa
 
 void Executor::norm(Step& step, const Instruction& at) {
   const at::NoGradGuard no_grad;
+  if (state_->placement().members() == 1) hear_of_uses(step, at);
   for (const TensorLayout& t : state_->layout[at.block].trainable) {
     const at::Tensor total = summed(step, at, state_->parameters[t.parameter], /*form=*/true);
     if (total.defined()) step.norms[t.parameter] = step.own_norms[t.parameter] = at::linalg_vector_norm(total, 2);
@@ -145,12 +183,7 @@ void Executor::norm(Step& step, const Instruction& at) {
   const Placement& placement = state_->placement();
   if (placement.shards() > 1 && step.tape.update == UpdateOrder::kBackward) share_norms(step, at.block);
   if (step.tape.update != UpdateOrder::kEnd || placement.members() > 1) return;
-  std::vector<int> seen;
-  for (const TensorLayout& t : state_->layout[at.block].trainable)
-    for (const auto& [block, use] : state_->parameters[t.parameter].uses)
-      if (train_->has_backward[block]) seen.push_back(block);
-  std::sort(seen.begin(), seen.end());
-  seen.erase(std::unique(seen.begin(), seen.end()), seen.end());
+  const std::vector<int> seen = users_of(at.block);
   for (size_t i = 0; i < seen.size() && i < at.sums.size(); ++i) last_sums_[seen[i]] = place(step, at.sums[i], "sums");
 }
 

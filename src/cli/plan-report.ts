@@ -232,8 +232,13 @@ function what(graph: Graph, tape: Tape, i: Instruction): string {
     case "send":
     case "receive": {
       const { kind, block: b } = i.operand;
-      const which = "shard" in i.operand ? `shard ${i.operand.shard}` : `#${i.operand.microBatch}`;
-      return `${kind} of ${block(b)} ${which}  ${at(i.place)} ${i.op === "send" ? "to" : "from"} rank ${i.peer}  ${gigabytes(i.bytes)}`;
+      const which =
+        "shard" in i.operand
+          ? ` shard ${i.operand.shard}`
+          : "microBatch" in i.operand
+            ? ` #${i.operand.microBatch}`
+            : ", shared";
+      return `${kind} of ${block(b)}${which}  ${at(i.place)} ${i.op === "send" ? "to" : "from"} rank ${i.peer}  ${gigabytes(i.bytes)}`;
     }
     case "pack":
       return `pack ${block(i.block)} as ${i.dtype}  ${list(i.sums)} -> ${at(i.to)}`;

@@ -17,7 +17,7 @@ import {
 import type { PlacementTable } from "./auto-describe.js";
 import { stageOf } from "./mesh.js";
 import type { BoundBy } from "./simulate.js";
-import { STAGE_RULES, type StageRule } from "./stages.js";
+import { assignStages, hasTies, STAGE_RULES, type StageRule, type Ties } from "./stages.js";
 
 export interface RanksRequest extends PlanRequest {
   /** At least 2. */
@@ -113,6 +113,7 @@ export function planForRank(graph: Graph, request: RanksRequest, rank: number): 
 interface How {
   rule: StageRule;
   shards: number;
+  ties?: Ties;
 }
 
 /** Searched in each way, the one to take first. */
@@ -125,7 +126,13 @@ function rulesTried(graph: Graph, { devices, stages, shards, ...request }: Ranks
       `[plan] ${devices} devices are no whole number of stages of ${shards} shards: ${devices} / ${shards}`,
     );
   const rules = stages === undefined ? STAGE_RULES : [stages];
-  const staged = (of: number) => (of === devices ? rules.slice(0, 1) : rules).map((rule) => ({ rule, shards: of }));
+  const staged = (of: number): How[] => {
+    const all: How[] = (of === devices ? rules.slice(0, 1) : rules).map((rule) => ({ rule, shards: of }));
+    // Breadth-first, two stretches a device are dealt out in turn, too: a tied head may be better off beside the embedding.
+    const together = { rule: "interleaved", shards: of, ties: "together" } as const;
+    const mayBe = of < devices && rules.includes("interleaved") && canBeTogether(graph, devices / of);
+    return mayBe ? [...all, together] : all;
+  };
   const may = request.gradientAccumulationSteps >= devices;
   const ways =
     shards !== undefined ? staged(shards) : [...staged(1), ...(stages === undefined && may ? staged(devices) : [])];
@@ -137,8 +144,20 @@ function rulesTried(graph: Graph, { devices, stages, shards, ...request }: Ranks
   return tried.toSorted((a, b) => misfit(a) - misfit(b) || b.best.tokensPerSecond - a.best.tokensPerSecond);
 }
 
-const named = ({ rule, shards }: How, devices: number): string =>
-  shards === devices ? "sharded data parallel" : `${rule} stages${shards > 1 ? ` of ${shards} shards` : ""}`;
+/** Whether blocks that share a parameter leave every one of so many interleaved stages a block. */
+function canBeTogether(graph: Graph, stages: number): boolean {
+  try {
+    return hasTies(graph) && assignStages(graph, stages, "interleaved", "together").length > 0;
+  } catch {
+    return false;
+  }
+}
+
+const named = ({ rule, shards, ties }: How, devices: number): string => {
+  if (shards === devices) return "sharded data parallel";
+  const together = ties === "together" ? " with tied blocks on one card" : "";
+  return `${rule} stages${shards > 1 ? ` of ${shards} shards` : ""}${together}`;
+};
 
 const slower = ({ rule, shards }: How, by: string): string =>
   shards > 1

@@ -17,7 +17,7 @@ import { membersOf, stageCount } from "./mesh.js";
 import type { MachineProfile } from "./profiles.js";
 import type { BoundBy, Simulation, TapePeaks } from "./simulate.js";
 import type { RankSimulation } from "./simulate-ranks.js";
-import { assignStages, isContiguous, type StageRule, stretchesOf } from "./stages.js";
+import { assignStages, isContiguous, type StageRule, stretchesOf, type Ties } from "./stages.js";
 import type { Clip, Recompute, RetainedDType, Schedule, Stages, StateFormat, UpdateOrder } from "./types.js";
 import type { Policy, Space3 } from "./write-tape.js";
 
@@ -122,6 +122,8 @@ export interface Spread {
   ranks: number;
   rule: StageRule;
   shards: number;
+  /** Default: the rule's. */
+  ties?: Ties;
 }
 
 /** A stage alone never waits for another. */
@@ -269,8 +271,8 @@ export class Search {
 
   private stages(graph: Graph): Stages | null {
     if (this.spread === null) return null;
-    const { ranks, rule, shards } = this.spread;
-    const of = assignStages(graph, ranks / shards, rule);
+    const { ranks, rule, shards, ties } = this.spread;
+    const of = assignStages(graph, ranks / shards, rule, ties);
     return { rank: 0, ranks, of, ...(shards > 1 ? { shards } : {}) };
   }
 

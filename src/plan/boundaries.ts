@@ -8,10 +8,10 @@ import { dtypeBytes } from "../graph/value.js";
 import type { Buffers } from "./arena.js";
 import type { Flow } from "./flow.js";
 import { PAGE, roundUp } from "./layout.js";
-import type { Link, Links } from "./links.js";
+import { isTied, type Link, type Links } from "./links.js";
 import { pushAt } from "./lists.js";
 import type { Policy } from "./policy.js";
-import type { Boundary, CopyQueue, Operand, P } from "./types.js";
+import type { Boundary, CopyQueue, Operand, P, Tied } from "./types.js";
 import type { Pass } from "./visits.js";
 
 /** Passes between the start of a boundary's copy and its use. */
@@ -23,7 +23,16 @@ export interface Emitter {
   readonly buffers: Buffers;
   readonly position: number;
   copy(queue: CopyQueue, operand: Operand, from: P, to: P, at: number, bytes: number): void;
-  exchange(op: "send" | "receive", operand: Boundary, count: number, peer: number, place: P, bytes: number): void;
+  exchange(
+    op: "send" | "receive",
+    operand: Boundary | Tied,
+    count: number,
+    peer: number,
+    place: P,
+    bytes: number,
+  ): void;
+  tied(operand: Tied): { place: P; bytes: number };
+  arrived(operand: Tied, place: P): void;
 }
 
 interface Value {
@@ -43,7 +52,10 @@ export class Boundaries {
   private readonly loads: Value[][] = [];
   private readonly ins: Value[][] = [];
   private readonly outs: Value[][] = [];
-  private readonly sends: Link[][] = [];
+  private readonly sends: Link<Boundary>[][] = [];
+  /** By pass: parameters that are lent before it; sums that are sent once nothing writes them any more. */
+  private readonly lends: Link<Tied>[][] = [];
+  private readonly owes: Link<Tied>[][] = [];
   /** By pass: what must have been received before it, and a few passes ahead; by peer, how many have been. */
   private readonly receives: Link[][] = [];
   private readonly received: number[] = [];
@@ -100,6 +112,7 @@ export class Boundaries {
   /** Copies that begin before a pass. */
   before(pass: number): void {
     const { buffers } = this.emitter;
+    for (const link of this.lends[pass] ?? []) this.sendTied(link);
     for (const link of this.receives[pass] ?? []) this.receive(link);
     // A partial sum may come while the one before it is still here: each is taken up by the pass that needs it.
     for (const value of this.arrivals[pass] ?? []) value.here = value.arrives.get(pass)!;
@@ -116,12 +129,10 @@ export class Boundaries {
   /** Copies that begin after a pass. */
   after(pass: number): void {
     const { buffers } = this.emitter;
-    for (const { operand, count, peer, peerPass } of this.sends[pass] ?? []) {
+    for (const { operand, count, peer, taken } of this.sends[pass] ?? []) {
       const value = this.find(operand.kind, operand.block, operand.output, operand.microBatch)!;
       this.emitter.exchange("send", operand, count, peer, value.here, value.bytes);
-      // It is gone when the peer asks for it, near the pass that needs it there. Who writes its place before waits for
-      // the peer, and the peer perhaps for what it would do next.
-      this.resting.push({ p: value.here, until: Math.max(pass + REST, peerPass) });
+      this.rest(value.here, pass, taken);
       // A partial sum that comes back is another one.
       if (operand.kind === "dx") value.here = -1;
     }
@@ -140,29 +151,59 @@ export class Boundaries {
     for (const { p } of this.resting) buffers.touch(p, Math.max(0, this.emitter.position - 1));
   }
 
+  /** Sums that the visit which ends with this pass has settled. */
+  settle(pass: number): void {
+    for (const link of this.owes[pass] ?? []) this.sendTied(link);
+  }
+
+  private sendTied({ operand, peer, pass, taken }: Link<Tied>): void {
+    const { place, bytes } = this.emitter.tied(operand);
+    this.emitter.exchange("send", operand, 0, peer, place, bytes);
+    this.rest(place, pass, taken);
+  }
+
+  /**
+   * What is sent is gone when the peer asks for it, near the pass that needs it there. Who writes its place before waits
+   * for the peer, and the peer perhaps for what it would do next.
+   */
+  private rest(p: P, pass: number, taken: number): void {
+    this.resting.push({ p, until: Math.max(pass + REST, taken) });
+  }
+
   /** Everything that the peer sends before it comes before it. */
   private receive({ operand, peer }: Link): void {
     const list = this.links!.receives[peer]!;
     const wanted = list.findIndex((l) => l.operand === operand);
     for (let k = this.received[peer] ?? 0; k <= wanted; k++) {
       const { operand: o, count, pass } = list[k]!;
+      this.received[peer] = k + 1;
+      if (isTied(o)) {
+        const { bytes } = this.emitter.tied(o);
+        const place = this.emitter.buffers.transient("device", bytes, "large");
+        this.emitter.arrived(o, place);
+        this.emitter.exchange("receive", o, count, peer, place, bytes);
+        continue;
+      }
       const value = this.find(o.kind, o.block, o.output, o.microBatch)!;
       const place = this.emitter.buffers.transient("device", value.bytes, "small");
       value.arrives.set(pass, place);
       this.emitter.exchange("receive", o, count, peer, place, value.bytes);
-      this.received[peer] = k + 1;
     }
   }
 
   private planLinks({ sends, receives }: Links): void {
-    for (const link of sends) pushAt(this.sends, link.pass, link);
+    for (const link of sends)
+      if (!("output" in link.operand))
+        pushAt(link.operand.kind === "sums" ? this.owes : this.lends, link.pass, link as Link<Tied>);
+      else pushAt(this.sends, link.pass, link as Link<Boundary>);
     for (const list of receives)
       for (const link of list) {
+        pushAt(this.receives, Math.max(0, link.pass - AHEAD), link);
+        if (isTied(link.operand)) continue;
         const { kind, block, output, microBatch } = link.operand;
         const value = this.find(kind, block, output, microBatch)!;
         value.arrives.set(link.pass, -1);
         pushAt(this.arrivals, link.pass, value);
-        pushAt(this.receives, Math.max(0, link.pass - AHEAD), link);
       }
   }
 

@@ -10,7 +10,7 @@ import { type Facts, nameOf, type Op, type Pass, refuse, showPlace } from "./che
 import { RETAINED_DTYPES } from "./check-form.js";
 import { Intervals } from "./intervals.js";
 import { batchesOf, memberOf, membersOf, replicaOf, replicasOf, shardOf, shardsOf } from "./mesh.js";
-import type { Instruction, Operand, Place, Shard, Space, Tape } from "./types.js";
+import type { Instruction, Operand, Place, Shard, Space, Tape, Tied } from "./types.js";
 
 type Kind = Operand["kind"] | Shard["kind"] | "sums";
 const KINDS: readonly Kind[] = ["param", "state", "compute", "sums", "retained", "partial", "reduced", "x", "dx"];
@@ -302,11 +302,30 @@ export class Memory {
       else this.put(kind, block, this.tape.places[i.place]!, version, this.ran, start);
       return;
     }
+    if (!("output" in i.operand)) {
+      this.exchangeTied(i, i.operand);
+      return;
+    }
     const { kind, block, output, microBatch } = i.operand;
     const operand = this.boundary(block, output, microBatch);
     const version = kind === "x" ? this.step : this.counted(i.count);
     if (i.op === "send") this.demand("place", i.place, kind, operand, version, this.boundaryBytes[block]![output]!);
     else this.put(kind, operand, this.tape.places[i.place]!, version);
+  }
+
+  /** A parameter is lent as passes demand it; sums are of all micro-batches, which both members run. */
+  private exchangeTied(i: Op<"send" | "receive">, { kind, block }: Tied): void {
+    const place = this.tape.places[i.place]!;
+    const sends = i.op === "send";
+    if (kind === "param") {
+      if (sends) this.demandParam("place", i.place, block, this.demanded);
+      else this.putParam(block, place, this.demanded, this.ran);
+      return;
+    }
+    const version =
+      kind === "sums" ? this.counted(this.mine.length) : this.facts.isTrained(block) ? this.demanded : FROZEN;
+    if (sends) this.demand("place", i.place, kind, block, version);
+    else this.put(kind, block, place, version);
   }
 
   private report(): void {

@@ -5,7 +5,7 @@ import type { Graph, Program } from "../graph/types.js";
 import { dtypeBytes } from "../graph/value.js";
 import { type BlockLayout, blockLayouts, ownersOf, usersOf } from "./layout.js";
 import { stageOf } from "./mesh.js";
-import type { Instruction, Operand, Place, Shard, Stages, StateFormat, Tape } from "./types.js";
+import type { Instruction, Operand, Place, Shard, Stages, StateFormat, Tape, Tied } from "./types.js";
 
 export type Pass = Extract<Instruction, { op: "forward" | "turn" | "backward" }>;
 export type Op<K extends Instruction["op"]> = Extract<Instruction, { op: K }>;
@@ -94,7 +94,7 @@ export class Facts {
   }
 }
 
-export const nameOf = (o: Operand | Shard): string =>
+export const nameOf = (o: Operand | Shard | Tied): string =>
   "output" in o
     ? `${o.kind}(${o.block}, ${o.output}, ${o.microBatch})`
     : "shard" in o

@@ -6,7 +6,7 @@ import type { Graph } from "../graph/types.js";
 import { dtypeBytes } from "../graph/value.js";
 import { type Facts, type Op, type Pass, refuse, showPlace, showRange } from "./check-facts.js";
 import { PAGE, PLACE_ALIGN } from "./layout.js";
-import { batchesOf, membersOf, replicasOf, shardOf, shardsOf, stageOf } from "./mesh.js";
+import { batchesOf, memberOf, membersOf, replicasOf, shardOf, shardsOf, stageOf } from "./mesh.js";
 import { checkStages } from "./stages.js";
 import {
   type CopyQueue,
@@ -18,6 +18,7 @@ import {
   type Shard,
   type Space,
   type Tape,
+  type Tied,
 } from "./types.js";
 
 const WORDS = {
@@ -309,8 +310,12 @@ class Form {
       this.exchangeShard(i, i.operand);
       return;
     }
+    if (i.operand !== undefined && !("output" in i.operand)) {
+      this.exchangeTied(i, i.operand);
+      return;
+    }
     if (i.operand?.kind !== "x" && i.operand?.kind !== "dx")
-      this.fail("only boundaries and shards go from rank to rank");
+      this.fail("only boundaries, shards and what stages share go from rank to rank");
     this.operand(i.operand);
     const { block, output } = i.operand;
     const most = i.operand.kind === "x" ? 0 : this.facts.contributors[block]![output]!.length;
@@ -319,6 +324,27 @@ class Form {
     this.boundary("place", i.place, i.operand);
     if (!isCount(i.bytes, this.boundaryBytes[block]![output]!) || i.bytes > this.tape.places[i.place]!.bytes)
       this.fail(`${i.bytes} bytes are not those of the boundary`);
+  }
+
+  /** Between the stage that owns a parameter and one that uses it, and between the same members of both. */
+  private exchangeTied(i: Op<"send" | "receive">, { kind, block }: Tied): void {
+    const { facts } = this;
+    const stages = this.tape.stages!;
+    const layout = facts.layouts[block];
+    if (layout === undefined) this.fail(`block ${block} does not exist`);
+    const [own, peer] = [stageOf(stages), stageOf(stages, i.peer)];
+    const [from, to] = i.op === "send" ? [own, peer] : [peer, own];
+    const uses = (user: number) =>
+      facts.owners[user]!.some((o) => stages.of[o] === to && facts.users[o]!.includes(user));
+    const ends =
+      kind === "sums" ? uses(block) : facts.owners.some((owners, b) => stages.of[b] === to && owners.includes(block));
+    if (stages.of[block] !== from || from === to || !ends || memberOf(stages) !== memberOf(stages, i.peer))
+      this.fail(`${kind}(${block}) is not for rank ${i.op === "send" ? i.peer : stages.rank}`);
+    const read = layout.computeBytes > 0 ? "compute" : "param";
+    if (kind !== "sums" && kind !== read) this.fail(`passes read ${read}(${block}), not its ${kind}`);
+    const bytes = kind === "sums" ? layout.sumsBytes : layout.computeBytes || layout.paramBytes;
+    this.state("place", i.place, bytes);
+    if (i.bytes !== bytes || i.count !== 0) this.fail(`${i.bytes} bytes, count ${i.count}, are not those of ${kind}`);
   }
 
   private exchangeShard(i: Op<"send" | "receive">, { kind, block, shard, of }: Shard): void {

@@ -141,7 +141,8 @@ function accesses(facts: Facts, tape: Tape, now: number): { reads: Range[]; writ
       writes = [range(i.to)];
       break;
     case "norm":
-      inPlace = all(i.sums);
+      if (i.sums.length > 1) inPlace = all(i.sums);
+      else reads = all(i.sums);
       break;
     case "partial": {
       // In place, where sums have its layout.

@@ -68,8 +68,7 @@ export function checkPolicy(graph: Graph, policy: Policy): void {
     if (!interleaved && !isContiguous(graph, policy.stages))
       refuse(
         'schedule "oneForwardOneBackward" is for stages of neighbouring blocks: others would wait for each other for ever. ' +
-          'Take stages "contiguous" or "interleaved", or another order. Interleaved ones need a head of its own: one that is ' +
-          "tied to the embedding lies on the first stage with it",
+          'Take stages "contiguous" or "interleaved", or another order',
       );
     const [count, groups] = [stageCount(policy.stages), groupsOf(policy.stages)];
     const each = microBatches / groups;

@@ -21,18 +21,27 @@ export const STAGE_RULES = ["alternating", "contiguous", "interleaved"] as const
 /** Stretches of a stage. */
 const INTERLEAVED = 2;
 
+/** Whether blocks that share a parameter (tied embeddings) go where the first of them is, or wherever the rule puts them. */
+export type Ties = "together" | "apart";
+
 /**
- * By block, one of so many stages. Blocks that share a parameter (tied embeddings) go where the first of them is. Throws
- * CONFIG for too many.
+ * By block, one of so many stages. Dealt out in turn, tied blocks go together: nothing of what they share crosses then, and
+ * in that order nobody waits. In stretches the last block must not wait for the first stage: they share it across (ties.ts).
+ * Throws CONFIG for too many.
  */
-export function assignStages(graph: Graph, ranks: number, rule: StageRule = "alternating"): number[] {
+export function assignStages(
+  graph: Graph,
+  ranks: number,
+  rule: StageRule = "alternating",
+  ties: Ties = rule === "alternating" ? "together" : "apart",
+): number[] {
   const blocks = graph.blocks.length;
   const stretches = rule === "interleaved" ? Math.max(1, Math.min(INTERLEAVED, Math.floor(blocks / ranks))) : 1;
   const of =
     rule === "alternating"
       ? graph.blocks.map((_, b) => b % ranks)
       : contiguous(workOf(graph), ranks * stretches).map((stretch) => stretch % ranks);
-  for (let b = 0; b < blocks; b++) {
+  for (let b = 0; b < blocks && ties === "together"; b++) {
     const first = tiedTo(graph, b);
     if (first !== null) of[b] = of[first]!;
   }
@@ -40,7 +49,7 @@ export function assignStages(graph: Graph, ranks: number, rule: StageRule = "alt
   return of;
 }
 
-/** Throws CONFIG for ranks without work, and for a parameter that two ranks would use. */
+/** Throws CONFIG for ranks without work. */
 export function checkStages(graph: Graph, stages: Stages): void {
   const { rank, ranks, of } = stages;
   const refuse = (why: string) => {
@@ -65,11 +74,6 @@ export function checkStages(graph: Graph, stages: Stages): void {
   for (const [b, r] of of.entries()) {
     if (!Number.isSafeInteger(r) || r < 0 || r >= count)
       refuse(`block ${graph.blocks[b]!.name} is on ${one} ${r}, and there are ${count}`);
-    for (const owner of ownersOf(graph, b))
-      if (of[owner] !== r)
-        refuse(
-          `blocks ${graph.blocks[owner]!.name} and ${graph.blocks[b]!.name} share a parameter: give them one ${one}`,
-        );
   }
   for (let r = 0; r < count; r++)
     if (!of.includes(r))
@@ -85,7 +89,7 @@ export function isContiguous(graph: Graph, { of }: Stages): boolean {
 
 /**
  * By block, which of its stage's stretches it is in, where stages take their turns 0, 1, ..., R - 1 equally often, more
- * than once; null otherwise. With a head that is tied to the embedding on the first stage, ranks would wait for each other.
+ * than once; null otherwise.
  */
 export function stretchesOf(stages: Stages): number[] | null {
   const { of } = stages;
@@ -100,6 +104,8 @@ export function stretchesOf(stages: Stages): number[] | null {
   }
   return at > 0 && stage === count - 1 ? stretch : null;
 }
+
+export const hasTies = (graph: Graph): boolean => graph.blocks.some((_, b) => tiedTo(graph, b) !== null);
 
 /** The earlier block whose parameter b uses; null: b stands for itself. */
 function tiedTo(graph: Graph, b: number): number | null {

@@ -17,7 +17,8 @@
  * With shards param, state and retained are the rank's own shard.
  *   x(b, o, m)       boundary: output o of block b for micro-batch m.
  *   dx(b, o, m)      its gradient.
- * A block may use parameters that an earlier block owns (tied weights): its passes then read several param(owner).
+ * A block may use parameters that an earlier block owns (tied weights): its passes then read several param(owner). Where
+ * they are of different stages, the owner's lends what passes read and gets the user's sums; it alone updates.
  */
 import type { DType } from "../graph/types.js";
 
@@ -80,7 +81,7 @@ export interface Stages {
   /** Whose tape this is. */
   rank: number;
   ranks: number;
-  /** By block: its stage. Blocks that share a parameter have one. */
+  /** By block: its stage. */
   of: number[];
   /** Default 1. */
   shards?: number;
@@ -97,6 +98,12 @@ export interface Boundary {
   microBatch: number;
 }
 export type Operand = { kind: "param" | "state" | "retained"; block: number } | Boundary;
+/**
+ * What stages exchange that use one parameter (tied embeddings), once a step: what passes read of the owner's parameters,
+ * compute(block) or, where there is none, param(block); and the sums of another stage's block that uses them, which go
+ * back to the owner. A member of a stage has to do with the same member of the other.
+ */
+export type Tied = { kind: "param" | "compute" | "sums"; block: number };
 /**
  * What ranks of one stage exchange: a shard of compute(block); a shard of a rank's own gradient (`of`: the member of the
  * stage whose it is); a shard of the gradient summed over the shards' ranks (`of`: the replica).
@@ -187,7 +194,7 @@ export type Instruction = Waiting &
      * From one rank to another: the first `bytes` of the place. The k-th send from A to B meets the k-th receive of B
      * from A. `count`: contributions that a boundary's gradient holds on the way; 0 for all else.
      */
-    | { op: "send" | "receive"; operand: Boundary | Shard; count: number; peer: number; place: P; bytes: number }
+    | { op: "send" | "receive"; operand: Boundary | Shard | Tied; count: number; peer: number; place: P; bytes: number }
   );
 
 export interface Arenas {

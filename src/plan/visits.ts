@@ -21,7 +21,7 @@ export interface Visit {
   passes: Pass[];
   /** Blocks updated before the passes, by the gradients that the last step retained. */
   pending: number[];
-  /** Blocks whose gradient sums the passes complete. */
+  /** Blocks whose gradient sums the passes complete; with ranks and update on backward, after all losses are known. */
   complete: number[];
   /** Blocks updated in a visit of their own, after the coefficient. */
   end: number[];
@@ -67,6 +67,7 @@ export function visitsOf(flow: Flow, policy: Pick<Policy, "schedule" | "update" 
     if (update === "forward")
       visits.find(({ passes: [pass] }) => flow.owners[pass!.block]!.includes(b))!.pending.push(b);
   }
+  if (update === "backward" && flow.stages !== undefined) holdUpdates(flow, visits);
   if (update === "end") for (const b of flow.trained) visits.push({ passes: [], pending: [], complete: [], end: [b] });
   return visits;
 }
@@ -94,6 +95,25 @@ function interleaved(
     if (k >= ahead) steps.push(step("backward", k - ahead));
   }
   return steps;
+}
+
+/**
+ * No update stands before the last pass that may give a loss which is not finite: with several losses, some would. Where a
+ * loss waits for the backward of a later block, perhaps of a rank that waits to hear of the loss, all updates stand at the
+ * end.
+ */
+function holdUpdates(flow: Flow, visits: Visit[]): void {
+  const last = lossesWait(flow)
+    ? visits.length - 1
+    : visits.findLastIndex(({ passes: [pass] }) => pass!.op !== "backward");
+  const held = visits.slice(0, Math.max(0, last)).flatMap((v) => v.complete.splice(0));
+  visits[last]?.complete.unshift(...held);
+}
+
+/** Whether a loss stands behind the backward of another block, in the order in which every rank runs its own. */
+function lossesWait(flow: Flow): boolean {
+  const first = flow.programs.findIndex((_, b) => flow.isTurn(b));
+  return flow.programs.some((_, b) => b > first && !flow.isTurn(b) && flow.hasBackward(b));
 }
 
 /** Stages whose first block comes behind that of the flow's own. */

@@ -50,8 +50,8 @@ export function accesses(i: Instruction, places: readonly Place[], see: See): vo
       whole(i.to, true, places, see);
       break;
     case "norm":
-      // Tied uses are added into sums of the first user.
-      each(i.sums, true, places, see);
+      // Tied uses are added into sums of the first user; those of one alone are only read.
+      each(i.sums, i.sums.length > 1, places, see);
       break;
     case "partial":
     case "pack":

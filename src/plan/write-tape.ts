@@ -20,7 +20,7 @@ import { batchesOf, membersOf, shardsOf } from "./mesh.js";
 import { checkPolicy, homeOf, type Policy } from "./policy.js";
 import { keptOf } from "./selective.js";
 import { Sharding } from "./sharding.js";
-import type { Boundary, CopyQueue, Instruction, Operand, P, Placement, Shard, Tape } from "./types.js";
+import type { Boundary, CopyQueue, Instruction, Operand, P, Placement, Shard, Tape, Tied } from "./types.js";
 import { flushVisits, type Pass, type Visit, visitsOf } from "./visits.js";
 import { accesses, deriveWaits } from "./waits.js";
 
@@ -121,7 +121,6 @@ class Writer {
 
   write(visits: Visit[], kind: "step" | "flush"): Tape {
     const passes = visits.flatMap((v) => v.passes);
-    if (this.mustAgree) holdUpdates(visits);
     if (kind === "step" && this.lead > 0) updateAhead(visits, this.lead);
     this.planCasts(visits);
     this.planFetches(visits);
@@ -131,7 +130,7 @@ class Writer {
       this.policy,
       this,
       passes,
-      kind === "step" ? links(this.flow, this.policy) : null,
+      kind === "step" ? links(this.flow, this.policy, this.layouts) : null,
     );
     let closed = kind === "flush";
     for (const [v, visit] of visits.entries()) {
@@ -176,7 +175,7 @@ class Writer {
       this.casts[v] = [];
       if (passes.length === 0) continue;
       for (const o of this.flow.owners[passes[0]!.block]!) {
-        if (this.layouts[o]!.computeBytes === 0) continue;
+        if (this.layouts[o]!.computeBytes === 0 || !this.flow.isMine(o)) continue;
         const held = last[o] !== undefined && (v - last[o] <= 1 + this.lead || this.policy.recompute === "none");
         if (!held) {
           this.casts[v]!.push(o);
@@ -246,13 +245,26 @@ class Writer {
 
   exchange(
     op: "send" | "receive",
-    operand: Boundary | Shard,
+    operand: Boundary | Shard | Tied,
     count: number,
     peer: number,
     place: P,
     bytes: number,
   ): void {
     this.emit({ op, operand, count, peer, place, bytes, waits: [] });
+  }
+
+  /** What stages share: where it is here, once it is; and where another rank's is received. */
+  tied({ kind, block }: Tied): { place: P; bytes: number } {
+    const { paramBytes, computeBytes, sumsBytes } = this.layouts[block]!;
+    const bytes = { param: paramBytes, compute: computeBytes, sums: sumsBytes }[kind];
+    return { place: this.tiedPlaces(kind)[block]!, bytes };
+  }
+  arrived({ kind, block }: Tied, place: P): void {
+    this.tiedPlaces(kind)[block] = place;
+  }
+  private tiedPlaces(kind: Tied["kind"]): P[] {
+    return kind === "param" ? this.here.param : kind === "compute" ? this.compute : this.sums;
   }
 
   /** Update on backward: before the first update, every rank knows that all losses are finite. */
@@ -298,6 +310,7 @@ class Writer {
           () => this.summed(b),
         );
     }
+    if (passes.length > 0) boundaries.settle(passes.at(-1)!.index);
     if (this.lead === 0) sharding?.settle();
     for (const b of end) this.emitCopies(this.update(b, "sums"));
   }
@@ -452,13 +465,6 @@ class Writer {
       instructions: this.instructions,
     };
   }
-}
-
-/** No update stands before the last pass that may give a loss which is not finite: with several losses, some would. */
-function holdUpdates(visits: Visit[]): void {
-  const last = visits.findLastIndex((v) => v.passes.some((p) => p.op !== "backward"));
-  const held = visits.slice(0, Math.max(0, last)).flatMap((v) => v.complete.splice(0));
-  visits[last]?.complete.unshift(...held);
 }
 
 /** What is gathered ahead of its visit is updated before that. */

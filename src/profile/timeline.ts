@@ -6,6 +6,7 @@
 import { evaluate } from "../graph/dims.js";
 import type { Graph } from "../graph/types.js";
 import { dtypeBytes } from "../graph/value.js";
+import { Flow } from "../plan/flow.js";
 import { blockLayouts, ownersOf, PAGE, roundUp, usersOf } from "../plan/layout.js";
 import { passWorkspace } from "../plan/memory.js";
 import type { MemoryDevice } from "../plan/memory-gradients.js";
@@ -70,6 +71,9 @@ export function holdings(
   return [...found.values()];
 }
 
+/** What a message between ranks is held as, other than a boundary. */
+const SENT = { param: "parameters", compute: "compute", partial: "sums", reduced: "sums", sums: "sums" } as const;
+
 /** Which operand each place holds for an instruction: reads first, then writes. */
 class Uses {
   private readonly owners: number[][];
@@ -80,12 +84,10 @@ class Uses {
     private readonly graph: Graph,
     private readonly tape: Tape,
   ) {
-    const backward = new Set(
-      tape.instructions.flatMap((i) => (i.op === "backward" || i.op === "turn" ? [i.block] : [])),
-    );
+    // Of all ranks: sums of another stage's block come here, too.
+    const flow = new Flow(graph);
     this.owners = graph.blocks.map((_, b) => ownersOf(graph, b));
-    // A flush runs no backward: its updates read what was retained.
-    this.users = graph.blocks.map((_, b) => usersOf(graph, b, (user) => backward.has(user)));
+    this.users = graph.blocks.map((_, b) => usersOf(graph, b, (user) => flow.hasBackward(user)));
     this.stored = blockLayouts(graph, tape.state, tape.stages).map((l) =>
       l.computeBytes > 0 ? "compute" : "parameters",
     );
@@ -131,7 +133,7 @@ class Uses {
       case "norm":
       case "pack":
         for (const [k, p] of i.sums.entries())
-          whole(p, i.op === "norm" ? "change" : "read", "sums", this.summed(i.block, k));
+          whole(p, i.op === "norm" && i.sums.length > 1 ? "change" : "read", "sums", this.summed(i.block, k));
         if (i.op === "pack") whole(i.to, "write", "retained", i.block);
         break;
       case "update":
@@ -151,7 +153,7 @@ class Uses {
       case "send":
       case "receive": {
         const { kind, block } = i.operand;
-        const held = kind === "compute" ? kind : kind === "partial" || kind === "reduced" ? "sums" : "boundaries";
+        const held = kind === "x" || kind === "dx" ? "boundaries" : SENT[kind];
         see(i.place, i.op === "send" ? "read" : "write", held, block, 0, i.bytes);
         break;
       }

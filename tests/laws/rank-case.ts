@@ -72,6 +72,12 @@ function assemble(parts: readonly Part[]): Map<string, string> {
   return new Map([...tensors].map(([key, { bytes }]) => [key, bytes.toString("base64")]));
 }
 
+/** Steps and flushes of all ranks. */
+export const plansOf = (c: LawCase, policy: Policy, size: number, stages: Omit<Stages, "rank" | "ranks">) =>
+  Array.from({ length: size }, (_, rank) =>
+    writeTape(c.graph, { ...policy, stages: { ...stages, rank, ranks: size } }),
+  );
+
 /** What all ranks hold after the steps; each rank's results must be those of rank 0. */
 export async function trainRanks(
   native: NativeAddon,
@@ -80,10 +86,8 @@ export async function trainRanks(
   c: LawCase,
   policy: Policy,
   stages: Omit<Stages, "rank" | "ranks">,
+  plans = plansOf(c, policy, ranks.length, stages),
 ): Promise<Outcome & { sent: number[]; planned: number[]; results: Outcome["results"]; others: Outcome["results"][] }> {
-  const plans = ranks.map(({ rank, size }) =>
-    writeTape(c.graph, { ...policy, stages: { ...stages, rank, ranks: size } }),
-  );
   checkRanks(
     c.graph,
     plans.map((p) => p.step),
@@ -121,22 +125,30 @@ export async function trainRanks(
   };
 }
 
-/** Tied blocks together, every rank with something; null where the draw left one without. */
-export function randomStages(next: () => number, graph: LawCase["graph"], ranks: number): number[] | null {
+/** Every rank with something, tied blocks together or wherever they fall; null where the draw left one without. */
+export function randomStages(
+  next: () => number,
+  graph: LawCase["graph"],
+  ranks: number,
+  ties: "together" | "apart" = "together",
+): number[] | null {
   const of: number[] = [];
   const inOrder = next() < 0.5;
   for (const b of graph.blocks.keys()) {
     const first = ownersOf(graph, b)[0];
     const drawn = inOrder ? Math.floor((b * ranks) / graph.blocks.length) : Math.floor(next() * ranks);
-    of.push(first !== undefined && first < b ? of[first]! : drawn);
+    of.push(ties === "together" && first !== undefined && first < b ? of[first]! : drawn);
   }
   return new Set(of).size === ranks ? of : null;
 }
 
-/** Two stretches of blocks a rank; null where the graph has too few for it, or its head is tied to the embedding. */
+/** Whether stages share a parameter. */
+export const shareAcross = (graph: LawCase["graph"], of: readonly number[]): boolean =>
+  graph.blocks.some((_, b) => ownersOf(graph, b).some((owner) => of[owner] !== of[b]));
+
+/** Two stretches of blocks a rank; null where the graph has too few for it. */
 export function interleavedStages(graph: LawCase["graph"], ranks: number): number[] | null {
-  const groups = new Set(graph.blocks.map((_, b) => ownersOf(graph, b)[0] ?? b)).size;
-  if (groups < graph.blocks.length || graph.blocks.length < 2 * ranks) return null;
+  if (graph.blocks.length < 2 * ranks) return null;
   const of = assignStages(graph, ranks, "interleaved");
   return stretchesOf({ rank: 0, ranks, of }) === null ? null : of;
 }

@@ -42,18 +42,27 @@ const values = <T>(settled: PromiseSettledResult<T>[]): T[] =>
 
 const losses = (events: TrainEvent[]) => only(events, "step").map((e) => [e.step, e.loss, e.gradNorm]);
 
+const TIED_STILL = { config: { ...REAL.model.config, dropout: 0, tiedEmbeddings: true } };
+const TIED = { config: { ...REAL.model.config, tiedEmbeddings: true } };
+
 describe.skipIf(!native)("ranks", () => {
   const options: TrainerOptions = { ...REAL, evalEveryNSteps: 4, evalMicroBatches: 2, order: "breadthFirst" };
   const folder = (name: string) => join(root, name);
+  // What a folder is named after: the options that differ.
+  const named = (extra: Partial<TrainerOptions>) => JSON.stringify(extra).replaceAll(/[^A-Za-z0-9]+/g, "-");
 
   test.each([
     [2, {}],
     [3, { stages: "contiguous", order: "depthFirst" }],
     [2, { device: "sim", offload: "host", optimizer: "adamw8bit", clip: "block", update: "backward" }],
     [2, { order: undefined, plan: "auto", offload: "auto" }],
+    // The embedding is on the first rank, and on the last as the head's matrix.
+    [2, { model: TIED, stages: "contiguous", order: "oneForwardOneBackward", precision: "bfloat16" }],
+    [2, { model: TIED, stages: "interleaved", order: "oneForwardOneBackward", batchSize: 8 }],
+    [3, { model: TIED, stages: "contiguous", device: "sim", offload: "host", clip: "global", update: "forward" }],
   ] as [number, Partial<TrainerOptions>][])("%i train what one does: %j", async (size, extra) => {
     const all = { ...options, ...extra };
-    const [one, many] = [folder(`one-${size}-${Object.keys(extra)}`), folder(`many-${size}-${Object.keys(extra)}`)];
+    const [one, many] = [folder(`one-${size}-${named(extra)}`), folder(`many-${size}-${named(extra)}`)];
     const { stages: _, plan: __, offload: ___, update: ____, device: _____, ...plain } = all;
     await using alone = new Trainer({ ...plain, outputDir: one });
     const expected = await collect(alone);
@@ -72,20 +81,22 @@ describe.skipIf(!native)("ranks", () => {
     );
   });
 
-  test("go on from another number of ranks, to the bit", async () => {
-    const [one, many] = [folder("straight"), folder("changing")];
-    await using alone = new Trainer({ ...options, outputDir: one });
-    await collect(alone);
-    values(await runRanks(2, { ...options, steps: 3, learningRateSchedule: "constant", outputDir: many }));
-    // The schedule is the straight run's: only where it ends differs.
-    const rest = { ...options, learningRateSchedule: "constant", outputDir: many } as const;
-    values(await runRanks(3, { ...rest, steps: 5, resume: true }));
-    await using last = new Trainer({ ...rest, resume: true });
-    await collect(last);
-    await using straight = new Trainer({ ...rest, outputDir: folder("straight-constant") });
-    await collect(straight);
-    expect(await tensorsOf(many)).toEqual(await tensorsOf(folder("straight-constant")));
-  });
+  test.each([{}, { model: TIED, stages: "contiguous" }] as Partial<TrainerOptions>[])(
+    "go on from another number of ranks, to the bit: %j",
+    async (extra) => {
+      const [straight, many] = [folder(`straight-${named(extra)}`), folder(`changing-${named(extra)}`)];
+      // The schedule is the straight run's: only where it ends differs.
+      const rest = { ...options, ...extra, learningRateSchedule: "constant", outputDir: many } as const;
+      values(await runRanks(2, { ...rest, steps: 3 }));
+      values(await runRanks(3, { ...rest, steps: 5, resume: true }));
+      const { stages: _, ...alone } = rest;
+      await using last = new Trainer({ ...alone, resume: true });
+      await collect(last);
+      await using never = new Trainer({ ...alone, outputDir: straight });
+      await collect(never);
+      expect(await tensorsOf(many)).toEqual(await tensorsOf(straight));
+    },
+  );
 
   // One micro-batch a rank, unclipped: the sums are those of one rank (sharding.test.ts).
   const shared = { ...options, clip: "none", maxGradNorm: null } satisfies TrainerOptions;
@@ -95,7 +106,7 @@ describe.skipIf(!native)("ranks", () => {
     [3, { shards: 3, device: "sim", offload: "disk", optimizer: "adamw8bit", precision: "bfloat16" }],
   ] as [number, Partial<TrainerOptions>][])("%i that share the state train what one does: %j", async (size, extra) => {
     const { device: _, offload: __, shards: ___, replicas: ____, ...same } = extra;
-    const [one, many] = [folder(`one-${size}-${Object.keys(extra)}`), folder(`many-${size}-${Object.keys(extra)}`)];
+    const [one, many] = [folder(`shared-one-${size}-${named(extra)}`), folder(`shared-many-${size}-${named(extra)}`)];
     await using alone = new Trainer({ ...shared, ...same, outputDir: one });
     const expected = await collect(alone);
     for (const events of values(await runRanks(size, { ...shared, ...extra, outputDir: many }))) {
@@ -106,6 +117,17 @@ describe.skipIf(!native)("ranks", () => {
     expect((await readdir(join(many, "checkpoints"))).filter((n) => n.startsWith("."))).toEqual([]);
     await using model = await loadModel(many);
     expect(await model.generate("synthetic", { temperature: 0, maxTokens: 8 })).toHaveLength(8);
+  });
+
+  test("in stages of shards, which share a parameter too, learn what shards alone do", async () => {
+    const all = { ...shared, model: TIED, device: "sim", offload: "host", shards: 2 } satisfies TrainerOptions;
+    const [shards, stages] = [folder("shards-alone"), folder("stages-of-shards")];
+    const [expected] = values(await runRanks(2, { ...all, outputDir: shards }));
+    for (const events of values(await runRanks(4, { ...all, stages: "contiguous", outputDir: stages }))) {
+      expect(only(events, "step").map((e) => e.loss)).toEqual(only(expected!, "step").map((e) => e.loss));
+      expect(only(events, "eval").map((e) => e.loss)).toEqual(only(expected!, "eval").map((e) => e.loss));
+    }
+    expect(await tensorsOf(stages)).toEqual(await tensorsOf(shards));
   });
 
   test("that share the state go on to the bit, also as another number", async () => {
@@ -144,14 +166,12 @@ describe.skipIf(!native)("ranks", () => {
     [2, { context: 2 }],
     [4, { context: 2, shards: 4, order: "breadthFirst" }],
     [4, { context: 2, shards: 1, replicas: 2, stages: "alternating", batchSize: 4 }],
+    [4, { context: 2, shards: 1, replicas: 2, stages: "contiguous", batchSize: 4, model: TIED_STILL }],
   ] as [number, Partial<TrainerOptions>][])("%i that share rows learn what one does: %j", async (size, extra) => {
     const model = { config: { ...REAL.model.config, dropout: 0, tiedEmbeddings: false } };
     const all = { ...options, model, dtype: "float64", precision: "float64", ...extra } satisfies TrainerOptions;
     const { context: _, shards: __, replicas: ___, stages: ____, ...plain } = all;
-    const [one, many] = [
-      folder(`rows-one-${size}-${Object.values(extra)}`),
-      folder(`rows-${size}-${Object.values(extra)}`),
-    ];
+    const [one, many] = [folder(`rows-one-${size}-${named(extra)}`), folder(`rows-${size}-${named(extra)}`)];
     await using alone = new Trainer({ ...plain, outputDir: one });
     const expected = await collect(alone);
     const ranks = values(await runRanks(size, { ...all, outputDir: many }));

@@ -151,7 +151,7 @@ describe.skipIf(!native)("ranks that share the state of blocks", () => {
       const next = random(seed * 15_485_863 + 5);
       const policy = { ...policyOf(next, c), microBatches: c.microBatches };
       const options = simulated(c);
-      const of = randomStages(next, c.graph, 2);
+      const of = randomStages(next, c.graph, 2, next() < 0.6 ? "apart" : "together");
       if (of === null || c.microBatches < 4) continue;
       policy.schedule = "breadthFirst";
       const zeros = c.graph.blocks.map(() => 0);

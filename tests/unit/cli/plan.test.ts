@@ -87,7 +87,9 @@ describe("stroma plan", () => {
     // A model this small crosses between cards sooner than its boundaries do.
     const free = plan(two, null);
     expect(free).toMatch(/^2 cards, sharded: /m);
-    expect(free).toMatch(/Not taken:\n {2}interleaved stages: [\s\S]*\n {2}alternating stages: /);
+    expect(free).toMatch(
+      /Not taken:\n {2}interleaved stages with tied blocks on one card: [\s\S]*\n {2}alternating stages: /,
+    );
     const report = JSON.parse(plan({ ...two, json: true }, null)) as RanksReport;
     expect(report).toMatchObject({ fits: true, devices: 2, shards: 2 });
     expect(report.perRank.map((r) => r.rank)).toEqual([0, 1]);

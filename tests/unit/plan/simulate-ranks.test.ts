@@ -76,14 +76,15 @@ describe("several ranks in time", () => {
       [6, 7],
       [8, 9],
     ]);
-    // The second rank begins when the first has done all but one pass.
+    // The second rank begins when the first has done all but one pass; it has the embedding since the second second, as
+    // its own head's matrix.
     expect(starts("contiguous")).toEqual([
       [0, 1],
       [2, 3],
       [4, 5],
       [5.5, 6.5],
       [7.5, 8.5],
-      [9, 10],
+      [9.5, 10.5],
     ]);
   });
 
