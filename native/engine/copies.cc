@@ -42,7 +42,10 @@ class Threaded final : public Copies {
         free_at_(queues_.size()),
         rates_(queues_.size()),
         threads_(queues_.size()),
-        ranks_(std::move(ranks)) {
+        ranks_(std::move(ranks)),
+        late_(options.adversary.has_value()) {
+    for (size_t q = 0; q < queues_.size(); ++q)
+      draws_.push_back(static_cast<uint64_t>(options.adversary.value_or(0)) * queues_.size() + q);
     rates_[static_cast<int>(CopyQueue::kIn)] = options.host_to_device;
     rates_[static_cast<int>(CopyQueue::kOut)] = options.device_to_host;
   }
@@ -133,6 +136,7 @@ class Threaded final : public Copies {
       const double start = now();
       std::exception_ptr failure;
       try {
+        if (late_) delay(q, copy);
         if (copy.op == Instruction::Op::kCopy)
           carry_out(*tape_, *memory_, copy);
         else
@@ -154,6 +158,15 @@ class Threaded final : public Copies {
     }
   }
 
+  // Whoever reads or writes the target too soon is found out: by NaN, or by what is lost.
+  void delay(int q, const Instruction& copy) {
+    if (copy.op == Instruction::Op::kCopy && copy.queue != CopyQueue::kSave)
+      std::memset(memory_->address(tape_->places[copy.to]) + copy.at, 255, static_cast<size_t>(copy.bytes));
+    draws_[q] = draws_[q] * 6364136223846793005ull + 1442695040888963407ull;
+    const uint64_t draw = draws_[q] >> 33;
+    if (draw % 2 == 0) std::this_thread::sleep_for(std::chrono::microseconds(draw / 2 % 1000));
+  }
+
   // The queue is a link of so many bytes a second: what memcpy did sooner, the link has not done yet.
   void throttle(int q, double start, int64_t bytes) {
     if (!rates_[q].has_value()) return;
@@ -172,6 +185,8 @@ class Threaded final : public Copies {
   std::vector<std::optional<double>> rates_;
   std::vector<std::thread> threads_;
   const std::shared_ptr<Ranks> ranks_;
+  const bool late_;
+  std::vector<uint64_t> draws_;  // by line; each its thread's own
   const Tape* tape_ = nullptr;
   const Memory* memory_ = nullptr;
   Timeline* timeline_ = nullptr;
@@ -288,8 +303,17 @@ class Adversary final : public Copies {
 
 }  // namespace
 
+bool is_word(const Tape& tape, const Instruction& at) {
+  return tape.places[at.op == Instruction::Op::kSend ? at.from : at.to].space == Space::kShared;
+}
+
 void exchange(const Tape& tape, const Memory& memory, const Instruction& at, Ranks& ranks) {
   const bool sends = at.op == Instruction::Op::kSend;
+  if (is_word(tape, at)) {
+    const at::Tensor word = at::zeros({at.bytes}, at::kByte);
+    sends ? ranks.send(Ranks::Channel::kData, word, at.peer) : ranks.receive(Ranks::Channel::kData, word, at.peer);
+    return;
+  }
   const at::Tensor held = memory.view(tape.places[sends ? at.from : at.to], 0, {at.bytes}, at::kByte);
   const bool here = held.is_cpu();
   const at::Tensor bytes = here ? held : at::empty({at.bytes}, at::kByte);

@@ -126,6 +126,7 @@ class Executor {
                                     Keeper* keeper = nullptr) const;
   at::Tensor flat_parameters(int owner) const;
   void gather_shards(int owner, at::Tensor& whole) const;
+  void meet_sharers() const;
   // With ranks (exchange.cc).
   void report(Step& step);
   void exchange(Step& step);

@@ -26,6 +26,8 @@ export interface RanksRequest extends PlanRequest {
   stages?: StageRule;
   /** Only so many devices to a block's state. Default: the faster of one and all. */
   shards?: number;
+  /** Devices read parameters that live on the host from memory in common. Default: where they have memory of their own. */
+  sharedHost?: boolean;
 }
 
 export interface RankReport {
@@ -116,7 +118,7 @@ interface How {
 }
 
 /** Searched in each way, the one to take first. */
-function rulesTried(graph: Graph, { devices, stages, shards, ...request }: RanksRequest) {
+function rulesTried(graph: Graph, { devices, stages, shards, sharedHost, ...request }: RanksRequest) {
   if (!Number.isSafeInteger(devices) || devices < 2)
     throw new StromaError("CONFIG", `[plan] expected devices to be a whole number of at least 2, got ${devices}`);
   if (shards !== undefined && (!Number.isSafeInteger(shards) || shards < 1 || devices % shards !== 0))
@@ -130,7 +132,8 @@ function rulesTried(graph: Graph, { devices, stages, shards, ...request }: Ranks
   const ways =
     shards !== undefined ? staged(shards) : [...staged(1), ...(stages === undefined && may ? staged(devices) : [])];
   const tried = ways.map((how) => {
-    const search = searched(graph, request, { ranks: devices, ...how });
+    const shares = sharedHost ?? request.profile.device !== "cpu";
+    const search = searched(graph, request, { ranks: devices, ...how, sharedHost: shares });
     return { ...how, search, best: search.chosen() };
   });
   const misfit = ({ best }: (typeof tried)[number]) => best.over?.bytes ?? 0;

@@ -359,7 +359,7 @@ class Form {
       if (
         shard !== shardOf(stages, writer) ||
         replicaOf(stages, writer) !== replicaOf(stages, sharing) ||
-        i.bytes !== 0
+        i.bytes !== 1
       )
         this.fail(`rank ${writer} has no word of shard ${shard} for rank ${sharing}`);
       if (!samePlace(place, this.facts.slab(this.tape.placement, block, shard)))

@@ -15,6 +15,9 @@ import type { BlockLayout } from "./layout.js";
 import { rankAt, replicaOf, shardOf, shardsOf, stageOf } from "./mesh.js";
 import type { Instruction, P, Shard, Stages, StateFormat } from "./types.js";
 
+/** Bytes of the message that a part has been updated. */
+export const WORD = 1;
+
 interface Emitter {
   readonly buffers: Buffers;
   emit(i: Instruction): void;
@@ -101,7 +104,7 @@ export class SharedHost {
       const trains = this.layouts[block]!.slab(shard).trainableBytes > 0;
       const peer = rankAt(this.stages, stageOf(this.stages), replicaOf(this.stages) * this.shards + other);
       const operand = { kind: "param", block, shard, of: 0 } as const;
-      if (trains) this.emitter.exchange(op, operand, 0, peer, this.slabs[block]![shard]!, 0);
+      if (trains) this.emitter.exchange(op, operand, 0, peer, this.slabs[block]![shard]!, WORD);
     };
     for (const other of this.others()) say("send", this.own, other);
     for (const other of this.others()) say("receive", other, other);

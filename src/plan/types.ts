@@ -109,7 +109,7 @@ export type Operand = { kind: "param" | "state" | "retained"; block: number; sha
 /**
  * What ranks of one stage exchange: a shard of compute(block); a shard of a rank's own gradient (`of`: the member of the
  * stage whose it is); a shard of the gradient summed over the shards' ranks (`of`: the replica). param: the word that
- * its owner has updated a shard in shared host memory: no byte travels, and what is received is what lies there.
+ * its owner has updated a shard in shared host memory: one byte travels, and what is received is what lies there.
  */
 export type Shard = { kind: "compute" | "partial" | "reduced" | "param"; block: number; shard: number; of: number };
 

@@ -204,7 +204,9 @@ class Writer {
       const fromDisk = this.buffers.list[home]!.space === "disk";
       const lead = prefetch + (fromDisk ? 1 : 0);
       const stay = stays.get(`${kind} ${block}`);
-      if (stay !== undefined && v - stay.last <= Math.max(1, lead)) {
+      // What is cast ahead of its visit and updated behind it is fetched once for both.
+      const near = Math.max(1, lead) + (kind === "param" ? this.lead : 0);
+      if (stay !== undefined && v - stay.last <= near) {
         stay.last = v;
         return;
       }

@@ -19,7 +19,8 @@ export interface Parts {
   openDataset(spec: string | DatasetOptions): Promise<Dataset>;
   resolveModel(spec: ModelSpec): ResolvedModel;
   computeDType(device: SessionOptions["device"]): Promise<ComputeDType>;
-  plan(graph: Graph, options: SettledOptions): Promise<TrainingPlan>;
+  /** sharesHost: ranks read parameters from host memory that they have in common. */
+  plan(graph: Graph, options: SettledOptions, sharesHost: boolean): Promise<TrainingPlan>;
   context(graph: Graph, options: SettledOptions): Promise<ContextOptions | null>;
 }
 
@@ -33,7 +34,7 @@ export const realParts: Parts = {
   openDataset: async (spec) => (await import("../data/index.js")).openDataset(spec),
   resolveModel,
   computeDType: async (device) => (await import("./compute-dtype.js")).chooseComputeDType(device),
-  plan: async (graph, options) => (await import("./plan.js")).planTraining(graph, options),
+  plan: async (graph, options, sharesHost) => (await import("./plan.js")).planTraining(graph, options, sharesHost),
   context: async (graph, options) => (await import("./plan.js")).contextFor(graph, options),
 };
 

@@ -88,13 +88,14 @@ export function contextFor(graph: Graph, o: SettledOptions): ContextOptions | nu
 }
 
 /**
- * Throws CONFIG where the model's sizes are not known that a plan needs, OUT_OF_MEMORY for what does not fit, saying by how
- * much and what would do.
+ * sharesHost: ranks that share the state of blocks read parameters from host memory that they have in common. Throws CONFIG
+ * where the model's sizes are not known that a plan needs, OUT_OF_MEMORY for what does not fit, saying by how much and what
+ * would do.
  */
-export function planTraining(graph: Graph, options: SettledOptions): TrainingPlan {
+export function planTraining(graph: Graph, options: SettledOptions, sharesHost = false): TrainingPlan {
   checkSize(graph);
   const dims = dimsOf(graph, options);
-  const { policy, graph: planned, merged, fused } = choosePolicy(graph, options, dims);
+  const { policy, graph: planned, merged, fused } = choosePolicy(graph, options, dims, sharesHost);
   const whole = writeTape(planned, policy);
   const placement = roomFor(planned, policy, whole.step.placement, options.epochs !== null);
   const known = new Map<number, StepTapes>();
@@ -180,7 +181,12 @@ interface Chosen {
   fused: number;
 }
 
-function choosePolicy(graph: Graph, o: SettledOptions, dims: Record<string, number> | null): Chosen {
+function choosePolicy(
+  graph: Graph,
+  o: SettledOptions,
+  dims: Record<string, number> | null,
+  sharesHost: boolean,
+): Chosen {
   checkMembers(o);
   const merged = o.layersPerBlock ?? 1;
   const alone = { graph: layersMerged(graph, merged), merged, fused: 1 };
@@ -192,7 +198,7 @@ function choosePolicy(graph: Graph, o: SettledOptions, dims: Record<string, numb
     clip: o.clip,
     state: stateFormat(o),
   });
-  if (o.ranks !== null) return amongRanks(graph, { ...alone, policy: resident }, o, dims);
+  if (o.ranks !== null) return amongRanks(graph, { ...alone, policy: resident }, o, dims, sharesHost);
   if (o.plan === "resident") return { ...alone, policy: resident };
   if (dims === null) throw unknownSizes(graph);
   if (o.plan === null) return { ...alone, policy: streamed(resident, o.offload as "host" | "disk", o, dims) };
@@ -243,6 +249,7 @@ function amongRanks(
   { policy: resident, ...alone }: Chosen,
   o: SettledOptions,
   dims: Record<string, number> | null,
+  sharesHost: boolean,
 ): Chosen {
   if (dims === null) throw unknownSizes(graph);
   const { rank, size: ranks, localSize = ranks } = o.ranks!;
@@ -251,7 +258,8 @@ function amongRanks(
   const of = assignStages(alone.graph, ranks / (shards * replicas), o.stages ?? "alternating");
   const shared = { shards, replicas };
   const rows = o.context > 1 ? { context: o.context } : {};
-  const stages = { rank, ranks, of, ...(shards * replicas > 1 ? shared : {}), ...rows };
+  const host = sharesHost && shards > 1 ? ({ sharedHost: true } as const) : {};
+  const stages = { rank, ranks, of, ...(shards * replicas > 1 ? shared : {}), ...rows, ...host };
   const reduced = o.reduceDtype === null ? {} : { reduceDType: o.reduceDtype };
   const asked = (policy: Policy): Chosen => ({ ...alone, policy: { ...policy, stages, ...reduced } });
   if (o.plan === null) return asked(streamed(resident, o.offload as "host" | "disk", o, dims));
@@ -271,6 +279,7 @@ function amongRanks(
     stages: o.stages ?? undefined,
     // What is not said is the planner's to choose.
     shards: o.shards ?? undefined,
+    sharedHost: sharesHost,
     recompute: o.recompute ?? undefined,
     layersPerBlock: o.layersPerBlock ?? undefined,
   };
