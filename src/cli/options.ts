@@ -430,7 +430,7 @@ export const trainOptions = {
     RANKS,
     SHARED_HOST,
     "Ranks that share the state of blocks read parameters that live on the host from memory that they have in common, and send none",
-    "auto: on one machine, where the device has memory of its own",
+    "auto; on one machine, where the device has memory of its own",
   ),
   transport: choice(
     RANKS,

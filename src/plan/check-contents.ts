@@ -9,7 +9,7 @@
 import { type Facts, nameOf, type Op, type Pass, refuse, showPlace } from "./check-facts.js";
 import { RETAINED_DTYPES } from "./check-form.js";
 import { Intervals } from "./intervals.js";
-import { batchesOf, memberOf, membersOf, replicaOf, replicasOf, shardOf, shardsOf } from "./mesh.js";
+import { batchesOf, memberOf, membersOf, replicaOf, replicasOf, shardOf, shardsOf, sharesHost } from "./mesh.js";
 import type { Instruction, Operand, Place, Shard, Space, Tape } from "./types.js";
 
 /** others: param of all of a block's shards, in storage, as far as other ranks have them. */
@@ -496,6 +496,7 @@ export class Memory {
 
   /** The others have said that their parts of a block are of this step. */
   private demandOthers(block: number): void {
+    if (!sharesHost(this.tape.stages)) return;
     for (let k = 0; k < shardsOf(this.tape.stages); k++) {
       const slab = this.facts.slab(this.tape.placement, block, k);
       const { trainableBytes } = this.facts.layouts[block]!.slab(k);
@@ -595,6 +596,7 @@ export class Memory {
   }
 
   private putOthers(placement: Tape["placement"], block: number, version: number, written: number): void {
+    if (!sharesHost(this.facts.stages)) return;
     for (let k = 0; k < shardsOf(this.facts.stages); k++)
       if (k !== shardOf(this.facts.stages!)) this.putShard(placement, block, k, version, written);
   }

@@ -92,10 +92,20 @@ describe.skipIf(!native)("ranks", () => {
   test.each([
     [3, { shards: 3 }],
     [3, { replicas: 3, device: "sim", offload: "host" }],
+    [3, { shards: 3, device: "sim", offload: "host", sharedHost: "on" }],
+    [3, { shards: 3, device: "sim", offload: "host", sharedHost: "off" }],
+    [
+      3,
+      {
+        ...{ shards: 3, device: "sim", offload: "host", sharedHost: "on" },
+        ...{ optimizer: "adamw8bit", precision: "bfloat16", update: "forward" },
+      },
+    ],
     [3, { shards: 3, device: "sim", offload: "disk", optimizer: "adamw8bit", precision: "bfloat16" }],
   ] as [number, Partial<TrainerOptions>][])("%i that share the state train what one does: %j", async (size, extra) => {
-    const { device: _, offload: __, shards: ___, replicas: ____, ...same } = extra;
-    const [one, many] = [folder(`one-${size}-${Object.keys(extra)}`), folder(`many-${size}-${Object.keys(extra)}`)];
+    const { device: _, offload: __, shards: ___, replicas: ____, sharedHost: _____, ...same } = extra;
+    const name = JSON.stringify(extra).replace(/\W+/g, "-");
+    const [one, many] = [folder(`one-${size}-${name}`), folder(`many-${size}-${name}`)];
     await using alone = new Trainer({ ...shared, ...same, outputDir: one });
     const expected = await collect(alone);
     for (const events of values(await runRanks(size, { ...shared, ...extra, outputDir: many }))) {
@@ -115,6 +125,13 @@ describe.skipIf(!native)("ranks", () => {
     values(await runRanks(2, { ...rest, shards: 2, steps: 3, outputDir: halves }));
     values(await runRanks(2, { ...rest, shards: 2, resume: true, outputDir: halves }));
     expect(await tensorsOf(halves)).toEqual(await tensorsOf(straight));
+    // Whether parts are fetched or sent, and in which half of the run, makes no difference.
+    const host = { ...rest, shards: 2, device: "sim", offload: "host" } as const;
+    const fetched = folder("shared-fetched");
+    values(await runRanks(2, { ...host, sharedHost: "on", steps: 3, outputDir: fetched }));
+    values(await runRanks(2, { ...host, sharedHost: "off", steps: 4, resume: true, outputDir: fetched }));
+    values(await runRanks(2, { ...host, resume: true, outputDir: fetched }));
+    expect(await tensorsOf(fetched)).toEqual(await tensorsOf(straight));
     // With as many ranks as micro-batches each order of sums is the same.
     const changing = folder("shared-changing");
     values(await runRanks(3, { ...rest, shards: 3, steps: 2, outputDir: changing }));
