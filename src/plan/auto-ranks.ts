@@ -15,6 +15,7 @@ import {
   searched,
 } from "./auto.js";
 import type { PlacementTable } from "./auto-describe.js";
+import type { RankTapes } from "./auto-fit.js";
 import { stageOf } from "./mesh.js";
 import type { BoundBy } from "./simulate.js";
 import { STAGE_RULES, type StageRule } from "./stages.js";
@@ -53,6 +54,8 @@ export interface RanksReport extends PlanReport {
   stages: StageRule;
   /** Devices that share the state of a block. */
   shards: number;
+  /** They read parameters from host memory that they have in common. */
+  sharedHost: boolean;
   /** By block. */
   stagesOf: number[];
   bytesBetweenDevicesPerStep: number;
@@ -78,7 +81,7 @@ export function planRanksAuto(graph: Graph, request: RanksRequest): RanksPlan {
     ...others.map(({ best: other, ...otherwise }) => ({
       plan: `${named(otherwise, devices)}: ${other.label}`,
       fits: other.over === null,
-      why: other.over?.why ?? slower(otherwise, times(other.tokensPerSecond)),
+      why: other.over?.why ?? slower(otherwise, readsShared(other.written), times(other.tokensPerSecond)),
       peakDeviceBytes: other.peaks?.deviceBytes ?? null,
       peakHostBytes: other.peaks?.hostBytes ?? null,
       predictedTokensPerSecond: other.simulation === null ? null : other.tokensPerSecond,
@@ -143,19 +146,29 @@ function rulesTried(graph: Graph, { devices, stages, shards, sharedHost, ...requ
 const named = ({ rule, shards }: How, devices: number): string =>
   shards === devices ? "sharded data parallel" : `${rule} stages${shards > 1 ? ` of ${shards} shards` : ""}`;
 
-const slower = ({ rule, shards }: How, by: string): string =>
+const slower = ({ rule, shards }: How, sharesHost: boolean, by: string): string =>
   shards > 1
-    ? `${by}: every block's parameters and gradients cross between cards`
+    ? sharesHost
+      ? `${by}: every card fetches every block, and its gradients cross between cards`
+      : `${by}: every block's parameters and gradients cross between cards`
     : rule !== "alternating"
       ? `${by}: a stretch of blocks waits for the stretch before it`
       : `${by}: every block's output crosses between cards`;
 
+/** Whether parameters lie in host memory that the ranks of a plan share. */
+const readsShared = (plan: { ranks: readonly RankPlan[] } | { tapes: readonly RankTapes[] } | null): boolean =>
+  plan !== null &&
+  ("ranks" in plan ? plan.ranks.map((r) => r.tapes) : plan.tapes).some(
+    ({ step }) => step.placement.arenas.sharedBytes !== undefined,
+  );
+
 function ranksReport(
-  { report, ranks, policy }: AutoPlan,
+  plan: AutoPlan,
   devices: number,
   { rule: stages, shards }: How,
   alternatives: Alternative[],
 ): RanksReport {
+  const { report, ranks, policy } = plan;
   const { of } = policy.stages!;
   const perRank = ranks.map(({ peaks, placements, simulation }: RankPlan, rank): RankReport => {
     const blocks = of.flatMap((stage, b) => (stage === stageOf(policy.stages!, rank) ? [b] : []));
@@ -180,6 +193,7 @@ function ranksReport(
     devices,
     stages,
     shards,
+    sharedHost: readsShared(plan),
     stagesOf: of,
     bytesBetweenDevicesPerStep: perRank.reduce((sum, r) => sum + r.bytesSentPerStep, 0),
     bubble: perRank.reduce((sum, r) => sum + r.bubble, 0) / devices,
