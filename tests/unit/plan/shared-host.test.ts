@@ -94,14 +94,16 @@ describe("tapes over shared host memory", () => {
           boundary: drawn.boundary === "slot" ? "device" : drawn.boundary,
           microBatches: drawn.schedule === "breadthFirst" ? ragged : members * Math.min(2, drawn.microBatches),
         };
-        // Where several losses and stages update on backward, no way of gathering may do.
-        const gathered = tapesOf(graph, all, { ...mesh, of }, false);
-        if (!proves(graph, gathered)) return;
         const tapes = tapesOf(graph, all, { ...mesh, of });
-        prove(graph, tapes);
+        try {
+          prove(graph, tapes);
+        } catch (error) {
+          // Where several losses and stages update on backward, ranks may wait for each other however they gather.
+          if (proves(graph, tapesOf(graph, all, { ...mesh, of }, false))) throw error;
+        }
         tried += tapes.steps.some((t) => t.placement.arenas.sharedBytes !== undefined) ? 1 : 0;
       }),
-      { numRuns: 60, seed: 11 },
+      { numRuns: 50, seed: 11 },
     );
     expect(tried).toBeGreaterThan(20);
   });
