@@ -16,6 +16,8 @@ import type { Tape } from "./types.js";
 interface Use {
   rank: number;
   at: number;
+  /** Where the part that it is of begins. */
+  part: number;
   start: number;
   end: number;
   /** Which of its queue's instructions it is, from 1. */
@@ -39,12 +41,13 @@ export function checkSharedHost(tapes: readonly Tape[]): void {
   }
   const known = happenedBefore(tapes);
   const writes = tapes.map((tape, rank) => usesOf(tape, rank, "out"));
-  const reads = tapes.map((tape, rank) => usesOf(tape, rank, "in"));
+  // What is copied lies where its part begins: each tape has been proved to.
+  const reads = tapes.map((tape, rank) => byPart(usesOf(tape, rank, "in")));
   const updatesFirst = tapes[0]!.update === "forward";
   for (const write of writes.flat())
-    for (const [rank, list] of reads.entries()) {
+    for (const [rank, parts] of reads.entries()) {
       if (rank === write.rank || group(rank) !== group(write.rank)) continue;
-      for (const read of list) {
+      for (const read of parts.get(write.part) ?? []) {
         if (read.start >= write.end || write.start >= read.end) continue;
         const [first, second] = updatesFirst ? [write, read] : [read, write];
         const seen = known(second.rank, second.at, first.rank, updatesFirst ? "out" : "in");
@@ -61,6 +64,16 @@ export function checkSharedHost(tapes: readonly Tape[]): void {
     }
 }
 
+function byPart(uses: readonly Use[]): Map<number, Use[]> {
+  const parts = new Map<number, Use[]>();
+  for (const use of uses) {
+    const list = parts.get(use.part);
+    if (list === undefined) parts.set(use.part, [use]);
+    else list.push(use);
+  }
+  return parts;
+}
+
 function usesOf(tape: Tape, rank: number, queue: "in" | "out"): Use[] {
   const copies = [...tape.instructions.entries()].filter(
     (entry): entry is [number, Op<"copy">] => entry[1].op === "copy" && entry[1].queue === queue,
@@ -68,7 +81,7 @@ function usesOf(tape: Tape, rank: number, queue: "in" | "out"): Use[] {
   return copies.flatMap(([at, i], k) => {
     const { space, offset } = tape.places[queue === "in" ? i.from : i.to]!;
     const start = offset + i.at;
-    return space === "shared" ? [{ rank, at, start, end: start + i.bytes, place: k + 1 }] : [];
+    return space === "shared" ? [{ rank, at, part: offset, start, end: start + i.bytes, place: k + 1 }] : [];
   });
 }
 

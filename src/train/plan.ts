@@ -136,7 +136,7 @@ export function planTraining(graph: Graph, options: SettledOptions, sharesHost =
   };
   const { least, unit } = countsOf(policy);
   const padded = (count: number) => roundUp(Math.max(count, least), unit);
-  const summary = summarize(facts, predicted, options, policy.stages);
+  const summary = summarize(facts, predicted, options, placement);
   return { graph: planned, placement, facts, summary, predicted, predict, padded, tapes };
 }
 
@@ -406,13 +406,20 @@ function countsOf({ schedule, stages }: Policy): { least: number; unit: number }
   return { least: least * turns, unit: least * turns };
 }
 
-function summarize(f: PlanFacts, predicted: TrainingPlan["predicted"], o: SettledOptions, stages?: Stages): string {
+function summarize(
+  f: PlanFacts,
+  predicted: TrainingPlan["predicted"],
+  o: SettledOptions,
+  placement: Placement,
+): string {
+  const { stages } = placement;
+  const shared = placement.arenas.sharedBytes !== undefined;
   const order = f.order === "breadthFirst" ? "breadth-first" : "depth-first";
   const where = {
     none: "all on the device",
-    host: "state in host memory",
+    host: `state in host memory${shared ? ", parameters where its ranks share it" : ""}`,
     disk: "state on disk",
-    auto: "chosen for the budgets",
+    auto: `chosen for the budgets${shared ? ", parameters in host memory that ranks share" : ""}`,
   }[o.offload];
   const parts = [
     ...(stages === undefined ? [] : [`rank ${stages.rank} of ${stages.ranks}, ${meshText(o, stages)}`]),

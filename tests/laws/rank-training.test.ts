@@ -147,14 +147,17 @@ describe.skipIf(!native)("ranks", () => {
   test("that share the state take what is left at the end of the data", async () => {
     // Two micro-batches at the end for three ranks.
     const all = { ...shared, steps: undefined, epochs: 1, data: { source: "planets", count: 70, workers: 0 } as const };
-    const [one, many] = [folder("rest-one"), folder("rest-many")];
+    const [one, many, host] = [folder("rest-one"), folder("rest-many"), folder("rest-host")];
     await using alone = new Trainer({ ...all, outputDir: one });
     const expected = await collect(alone);
     const counts = only(expected, "step").map((e) => e.tokens);
     expect(counts.at(-1)).toBeLessThan(counts[0]!);
-    const [events] = values(await runRanks(3, { ...all, shards: 3, outputDir: many }));
-    expect(only(events!, "step").map((e) => e.loss)).toEqual(only(expected, "step").map((e) => e.loss));
-    expect(await tensorsOf(many)).toEqual(await tensorsOf(one));
+    const shares = { sharedHost: "on", device: "sim", offload: "host" } as const;
+    for (const [outputDir, extra] of [[many, {}] as const, [host, shares] as const]) {
+      const [events] = values(await runRanks(3, { ...all, ...extra, shards: 3, outputDir }));
+      expect(only(events!, "step").map((e) => e.loss)).toEqual(only(expected, "step").map((e) => e.loss));
+      expect(await tensorsOf(outputDir)).toEqual(await tensorsOf(one));
+    }
   });
 
   test.each([

@@ -186,6 +186,40 @@ describe.skipIf(!native)("ranks that share host memory", () => {
   });
 });
 
+describe.skipIf(!native)("host memory that cannot be shared", () => {
+  it("is refused on all ranks alike, and they go on", { timeout: 60_000 }, async () => {
+    const c = lawCase(3);
+    const policy: Policy = { ...randomPolicy(random(5), c), recompute: "all", boundary: "device", param: "host" };
+    const stages = { of: c.graph.blocks.map(() => 0), shards: 3, sharedHost: true } as const;
+    const ranks = await groups.of(3);
+    const placement = (rank: number, more: number) => {
+      const { placement } = writeTape(c.graph, {
+        ...policy,
+        ...{ schedule: "breadthFirst", microBatches: 3, stages: { ...stages, rank, ranks: 3 } },
+      }).step;
+      const { arenas } = placement;
+      return { ...placement, arenas: { ...arenas, sharedBytes: arenas.sharedBytes! + more } };
+    };
+    const load = (more: number) =>
+      Promise.allSettled(
+        ranks.map(async (r) => {
+          const session = native!.createSession({ ...simulated(c, null), ranks: r });
+          try {
+            await session.load(c.graph, placement(r.rank, more));
+          } finally {
+            await session.dispose();
+          }
+        }),
+      );
+    for (const settled of await load(2 ** 50)) {
+      expect(settled).toMatchObject({ status: "rejected", reason: { code: "OUT_OF_MEMORY" } });
+      const { message } = (settled as PromiseRejectedResult).reason as Error;
+      expect(message).toMatch(/bytes of host memory that ranks share were planned, and \d+ are available/);
+    }
+    for (const settled of await load(0)) expect(settled.status).toBe("fulfilled");
+  });
+});
+
 /** What the cases of a whole run are made of. */
 const WANTED = [
   ...["update end", "update backward", "update forward", "clip none", "clip block", "clip global"],
