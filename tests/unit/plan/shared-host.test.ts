@@ -3,6 +3,7 @@ import fc from "fast-check";
 import { describe, expect, it } from "vitest";
 import { StromaError } from "../../../src/errors.js";
 import type { Graph } from "../../../src/graph/types.js";
+import { findModel } from "../../../src/models/registry.js";
 import { checkRanks } from "../../../src/plan/check-ranks.js";
 import { blockLayouts } from "../../../src/plan/layout.js";
 import { residentPolicy } from "../../../src/plan/planner.js";
@@ -145,6 +146,36 @@ describe("tapes over shared host memory", () => {
           expect(bytes(tape, isFetch)).toBe(visited);
         }
       }
+  });
+
+  it("of astro-13b on two cards move each weight twice to each, its half of the state once, and no weight between them", () => {
+    const astro = findModel("astro-13b").graph({ dtype: "bfloat16" });
+    const state: StateFormat = { storage: "bfloat16", masterWeight: "none", optimizer: "adamw8bit" };
+    const plan: Policy = {
+      ...{ schedule: "breadthFirst", recompute: "all", update: "forward", clip: "global", state, microBatches: 4 },
+      ...{ dims: { B: 8, T: 512 }, param: "host", optimizer: "host", boundary: "device", retained: "device" },
+      ...{ retainedDType: "bfloat16", prefetch: 1, parts: 4 },
+    };
+    const of = astro.blocks.map(() => 0);
+    const last = of.length - 2;
+    for (const rank of [0, 1]) {
+      const stages: Stages = { rank, ranks: 2, of, shards: 2, sharedHost: true };
+      const { step } = writeTape(astro, { ...plan, stages });
+      const layouts = blockLayouts(astro, state, stages);
+      const sum = (n: (l: (typeof layouts)[number], b: number) => number) =>
+        layouts.reduce((total, l, b) => total + n(l, b), 0);
+      const whole = sum((l, b) => (b >= last ? 1 : 2) * (l.paramBytes + l.slab(1 - rank).heldBytes));
+      const inward = bytes(step, (i) => i.op === "copy" && i.queue === "in");
+      const outward = bytes(step, (i) => i.op === "copy" && i.queue === "out");
+      const sent = bytes(step, (i) => i.op === "send");
+      expect(inward).toBe(whole + sum((l) => l.stateBytes));
+      expect(outward).toBe(sum((l) => l.trainableBytes + l.stateBytes));
+      const words = layouts.filter((l) => l.trainableBytes > 0).length;
+      expect(sent).toBe(words + sum((l) => 4 * (l.shard(1 - rank).partial.end - l.shard(1 - rank).partial.begin)));
+      // What an early prototype said of two cards whose gradients go through the host: 91 GB to each, 53 GB from it.
+      expect((inward + sent) / 1e9).toBeCloseTo(91.5, 0);
+      expect((outward + sent) / 1e9).toBeCloseTo(52.8, 0);
+    }
   });
 
   it("hold the parameters once", () => {
