@@ -302,9 +302,12 @@ T choice(const Fields& fields, const char* name, std::initializer_list<std::pair
 engine::Place decode_place(const Napi::Value& value, const std::string& where) {
   using engine::Space;
   const Fields f(value, where);
-  return {choice<Space>(
-              f, "space",
-              {{"device", Space::kDevice}, {"host", Space::kHost}, {"disk", Space::kDisk}, {"slot", Space::kSlot}}),
+  return {choice<Space>(f, "space",
+                        {{"device", Space::kDevice},
+                         {"host", Space::kHost},
+                         {"shared", Space::kShared},
+                         {"disk", Space::kDisk},
+                         {"slot", Space::kSlot}}),
           f.integer("offset"), f.integer("bytes")};
 }
 
@@ -455,7 +458,8 @@ engine::Placement decode_placement(const Napi::Value& value, const std::string& 
   placement.device_bytes = arenas.integer("deviceBytes");
   placement.host_bytes = arenas.integer("hostBytes");
   placement.disk_bytes = arenas.integer("diskBytes");
-  if (placement.device_bytes < 0 || placement.host_bytes < 0 || placement.disk_bytes < 0)
+  if (arenas.has("sharedBytes")) placement.shared_bytes = arenas.integer("sharedBytes");
+  if (placement.device_bytes < 0 || placement.host_bytes < 0 || placement.disk_bytes < 0 || placement.shared_bytes < 0)
     refuse(fields.path("arenas"), "bytes of at least 0");
   const Napi::Array homes = fields.array("homes");
   for (uint32_t b = 0; b < homes.Length(); ++b) {
@@ -467,6 +471,7 @@ engine::Placement decode_placement(const Napi::Value& value, const std::string& 
     };
     placement.param.push_back(place("param"));
     placement.state.push_back(place("state"));
+    placement.shared.push_back(home.has("shared") ? place("shared") : std::nullopt);
   }
   if (fields.has("stages") && !fields.at("stages").IsNull()) {
     const Fields f(fields.at("stages"), fields.path("stages"));
@@ -485,6 +490,7 @@ engine::Placement decode_placement(const Napi::Value& value, const std::string& 
     if (stages.ranks % stages.members() != 0) refuse(f.path("ranks"), "a multiple of shards x replicas");
     stages.context = count("context", stages.members());
     if (stages.members() % stages.context != 0) refuse(f.path("context"), "a divisor of shards x replicas");
+    stages.shared_host = f.has("sharedHost") && f.flag("sharedHost");
     stages.of = f.integers("of");
     if (stages.of.size() != placement.param.size()) refuse(f.path("of"), "a stage for each block");
     for (const int stage : stages.of)

@@ -33,9 +33,13 @@ void carry_out(const Tape& tape, const Memory& memory, const Instruction& copy) 
 
 class Threaded final : public CopyQueues {
  public:
-  Threaded(const SimOptions& options, std::shared_ptr<Ranks> ranks) : CopyQueues(std::move(ranks)) {
+  Threaded(const SimOptions& options, std::shared_ptr<Ranks> ranks)
+      : CopyQueues(std::move(ranks)), late_(options.adversary.has_value()) {
     links_[static_cast<int>(CopyQueue::kIn)].rate = options.host_to_device;
     links_[static_cast<int>(CopyQueue::kOut)].rate = options.device_to_host;
+    const size_t lines = lines_among(ranks_.get());
+    for (size_t q = 0; q < lines; ++q)
+      draws_.push_back(static_cast<uint64_t>(options.adversary.value_or(0)) * lines + q);
   }
   ~Threaded() override { stop(); }
 
@@ -49,6 +53,7 @@ class Threaded final : public CopyQueues {
   void carry_out(int instruction) override {
     const Instruction& copy = at(instruction);
     const double start = now();
+    if (late_) delay(copy);
     if (copy.op == Instruction::Op::kCopy)
       engine::carry_out(*tape_, *memory_, copy);
     else
@@ -59,6 +64,16 @@ class Threaded final : public CopyQueues {
     timeline_->end[instruction] = now();
   }
 
+  // Whoever reads or writes the target too soon is found out: by NaN, or by what is lost.
+  void delay(const Instruction& copy) {
+    if (copy.op == Instruction::Op::kCopy && copy.queue != CopyQueue::kSave)
+      std::memset(memory_->address(tape_->places[copy.to]) + copy.at, 255, static_cast<size_t>(copy.bytes));
+    uint64_t& state = draws_[copy.line()];
+    state = state * 6364136223846793005ull + 1442695040888963407ull;
+    const uint64_t draw = state >> 33;
+    if (draw % 2 == 0) std::this_thread::sleep_for(std::chrono::microseconds(draw / 2 % 1000));
+  }
+
   // What memcpy did sooner, the link has not done yet.
   static void throttle(Link& link, double start, int64_t bytes) {
     if (!link.rate.has_value()) return;
@@ -67,7 +82,9 @@ class Threaded final : public CopyQueues {
     if (wait > 0) std::this_thread::sleep_for(std::chrono::duration<double>(wait));
   }
 
-  Link links_[kCopyQueues];  // by CopyQueue; only queues of one thread have a rate
+  const bool late_;
+  std::vector<uint64_t> draws_;  // by line; each its thread's own
+  Link links_[kCopyQueues];      // by CopyQueue; only queues of one thread have a rate
 };
 
 class Adversary final : public Copies {
@@ -179,8 +196,17 @@ class Adversary final : public Copies {
 
 }  // namespace
 
+bool is_word(const Tape& tape, const Instruction& at) {
+  return tape.places[at.op == Instruction::Op::kSend ? at.from : at.to].space == Space::kShared;
+}
+
 void exchange(const Tape& tape, const Memory& memory, const Instruction& at, Ranks& ranks) {
   const bool sends = at.op == Instruction::Op::kSend;
+  if (is_word(tape, at)) {
+    const at::Tensor word = at::zeros({at.bytes}, at::kByte);
+    sends ? ranks.send(Ranks::Channel::kData, word, at.peer) : ranks.receive(Ranks::Channel::kData, word, at.peer);
+    return;
+  }
   const at::Tensor held = memory.view(tape.places[sends ? at.from : at.to], 0, {at.bytes}, at::kByte);
   const bool here = held.is_cpu();
   const at::Tensor bytes = here ? held : at::empty({at.bytes}, at::kByte);

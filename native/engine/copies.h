@@ -24,7 +24,7 @@ struct Timeline {
 
 struct SimOptions {
   std::optional<double> host_to_device, device_to_host;  // bytes a second
-  std::optional<int64_t> adversary;                      // seed
+  std::optional<int64_t> adversary;                      // seed; among ranks copies are late by the clock
 };
 
 class Copies {
@@ -44,11 +44,14 @@ class Copies {
   CopyCounts counts_;
 };
 
+// Whether a send or receive only says that what lies in shared memory has changed.
+bool is_word(const Tape& tape, const Instruction& at);
 // Carries out a send or receive; returns when it is done. Gloo talks from this process's memory: what lies on a card
 // goes through it.
 void exchange(const Tape& tape, const Memory& memory, const Instruction& at, Ranks& ranks);
 
-// A thread for each queue, started by the first copy. ranks: whom sends and receives go through; null where there are
+// A thread for each queue, started by the first copy. With an adversary a copy's target is full of NaN from when it may
+// begin, and it completes some time later. ranks: whom sends and receives go through; null where there are
 // none.
 std::unique_ptr<Copies> threaded_copies(const SimOptions& options, std::shared_ptr<Ranks> ranks);
 // No threads: every copy completes as late and in as odd an order as its waits allow, its target full of NaN until

@@ -135,7 +135,8 @@ class CudaCopies final : public CopyQueues {
         if (on_stream(w)) check(cudaEventSynchronize(events_[w].get()), "waiting for a copy");
       const double start = steady_seconds();
       if (copy.op != Instruction::Op::kCopy)
-        links_ ? links_->exchange(*tape_, *memory_, copy) : exchange(*tape_, *memory_, copy, *ranks_);
+        links_ && !is_word(*tape_, copy) ? links_->exchange(*tape_, *memory_, copy)
+                                         : exchange(*tape_, *memory_, copy, *ranks_);
       else if (copy.queue == CopyQueue::kLoad)
         memory_->disk().read(place(copy.from).offset + copy.at, address(copy.to, copy), copy.bytes);
       else
@@ -209,23 +210,32 @@ at::Tensor pinned_bytes(int64_t bytes) {
   void* data = ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (data == MAP_FAILED) fail("OUT_OF_MEMORY", "[cuda] the operating system refused ", size, " bytes of host memory");
   ::madvise(data, size, MADV_HUGEPAGE);
-  const cudaError_t status = cudaHostRegister(data, size, cudaHostRegisterPortable);
-  if (status != cudaSuccess) {
-    cudaGetLastError();
+  try {
+    pin(data, static_cast<int64_t>(size));
+  } catch (const Error&) {
     ::munmap(data, size);
-    fail("OUT_OF_MEMORY", "[cuda] ", size, " bytes of host memory cannot be pinned: ", cudaGetErrorString(status),
-         ". Raise the memlock limit (ulimit -l), or plan with less host memory");
+    throw;
   }
   return at::from_blob(
       data, {static_cast<int64_t>(size)},
       [size, device = c10::cuda::current_device()](void* at) {
         // Whoever lets go last may be another thread, whose current device has no context yet and should get none.
         const c10::cuda::CUDAGuard guard(device);
-        cudaHostUnregister(at);
+        unpin(at);
         ::munmap(at, size);
       },
       at::TensorOptions().dtype(at::kByte));
 }
+
+void pin(void* data, int64_t bytes) {
+  const cudaError_t status = cudaHostRegister(data, static_cast<size_t>(bytes), cudaHostRegisterPortable);
+  if (status == cudaSuccess) return;
+  cudaGetLastError();
+  fail("OUT_OF_MEMORY", "[cuda] ", bytes, " bytes of host memory cannot be pinned: ", cudaGetErrorString(status),
+       ". Raise the memlock limit (ulimit -l), or plan with less host memory");
+}
+
+void unpin(void* data) { cudaHostUnregister(data); }
 
 void transfer(at::Device device, void* to, const void* from, int64_t bytes) {
   const c10::cuda::CUDAGuard guard(device);
@@ -296,6 +306,8 @@ bool built() { return false; }
 void check_device(at::Device) { refuse(); }
 std::string bus_address(at::Device) { refuse(); }
 at::Tensor pinned_bytes(int64_t) { refuse(); }
+void pin(void*, int64_t) { refuse(); }
+void unpin(void*) {}
 void transfer(at::Device, void*, const void*, int64_t) { refuse(); }
 void zero(at::Device, void*, int64_t) { refuse(); }
 int64_t open(at::Device, std::optional<int64_t>) { refuse(); }

@@ -17,6 +17,9 @@ void check_device(at::Device device);
 std::string bus_address(at::Device device);
 // Pages of our own, registered with the driver: the stock pinned allocator rounds up to powers of two (20.4 -> 32 GiB).
 at::Tensor pinned_bytes(int64_t bytes);
+// Registers whole pages of this process with the driver. Throws OUT_OF_MEMORY.
+void pin(void* data, int64_t bytes);
+void unpin(void* data);
 // Between device memory and pageable or pinned memory, done at return.
 void transfer(at::Device device, void* to, const void* from, int64_t bytes);
 void zero(at::Device device, void* data, int64_t bytes);

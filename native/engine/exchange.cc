@@ -239,7 +239,8 @@ void Executor::share_norms(Step& step, int block) const {
   }
 }
 
-// The parts of a block's parameters that are on several ranks, for runs without a tape; on the CPU.
+// The parts of a block's parameters that are on several ranks, for runs without a tape; on the CPU. Who shares host
+// memory has met the others before.
 void Executor::gather_shards(int owner, at::Tensor& whole) const {
   const Placement& placement = state_->placement();
   const Stages& stages = *placement.stages;
@@ -248,6 +249,17 @@ void Executor::gather_shards(int owner, at::Tensor& whole) const {
     const Range range = block.shard(block.all, shard);
     return whole.narrow(0, range.begin, range.size());
   };
+  if (placement.shared[owner].has_value()) {
+    const at::ScalarType storage = state_->format().storage;
+    Place slab = *placement.shared[owner];
+    for (int shard = 0; shard < stages.shards; ++shard) {
+      const int64_t n = block.shard(block.all, shard).size();
+      slab.bytes = round_up(n * static_cast<int64_t>(c10::elementSize(storage)), kPage);
+      part(shard).copy_(state_->memory().view(slab, 0, {n}, storage));
+      slab.offset += slab.bytes;
+    }
+    return;
+  }
   const at::Tensor mine = part(stages.shard());
   if (placement.param[owner].has_value()) {
     const Place& home = *placement.param[owner];
@@ -263,6 +275,16 @@ void Executor::gather_shards(int owner, at::Tensor& whole) const {
   each_peer(stages, stages.replica(), [&](int shard, int peer, bool first) {
     swap(*spec_.ranks, mine.view(at::kByte), part(shard).view(at::kByte), peer, first);
   });
+}
+
+// What ranks that share host memory wrote of it before they come here, all of them may read when they leave; and the
+// other way round.
+void Executor::meet_sharers() const {
+  if (state_->memory().shared_bytes() == 0) return;
+  const Stages& stages = *state_->placement().stages;
+  const at::Tensor mine = at::zeros({1}, at::kByte), theirs = at::empty_like(mine);
+  each_peer(stages, stages.replica(),
+            [&](int, int peer, bool first) { swap(*spec_.ranks, mine, theirs, peer, first); });
 }
 
 // Of a stage, the member that does what this rank does.

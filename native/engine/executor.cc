@@ -10,6 +10,7 @@
 #include "engine/cuda_device.h"
 #include "engine/error.h"
 #include "engine/host_allocator.h"
+#include "engine/shared_memory.h"
 #include "engine/step.h"
 
 namespace stroma::engine {
@@ -32,10 +33,9 @@ Executor::Executor(const SessionSpec& spec) : spec_(spec), account_(Account::mak
     return;  // the rest takes long, and is load()'s, on the session's thread
   }
   if (spec_.device_bytes.has_value()) account_.cap = *spec_.device_bytes;
-  if (spec_.ranks && spec_.sim.adversary.has_value())
-    fail("CONFIG", "[session] the adversary plays within one process: it does not go with ranks");
-  copies_ = spec_.sim.adversary.has_value() ? adversary_copies(*spec_.sim.adversary)
-                                            : threaded_copies(spec_.sim, spec_.ranks);
+  // The adversary that needs no clock plays within one process.
+  copies_ = spec_.sim.adversary.has_value() && !spec_.ranks ? adversary_copies(*spec_.sim.adversary)
+                                                            : threaded_copies(spec_.sim, spec_.ranks);
 }
 
 ModelState& Executor::state() {
@@ -123,8 +123,15 @@ void Executor::load(Graph graph, std::optional<Placement> placement) {
   if (!spec_.context.empty())
     groups_["context:" + std::to_string(spec_.context.size())] = spec_.ranks->group(spec_.context);
   loaded->programs = ready(graph);
+  at::Tensor shared;
+  if (placement.has_value() && placement->shared_bytes > 0) {
+    if (!staged || !spec_.ranks) fail("TAPE", "[tape] a plan with memory that ranks share, and there is one rank");
+    shared = shared_bytes(*spec_.ranks, placement->stages->replica_group(), placement->shared_bytes,
+                          /*pinned=*/!spec_.device.is_cpu());
+  }
   state_ = std::make_unique<ModelState>(graph, spec_.dtype, spec_.format, std::move(placement), spec_.device, account_,
-                                        spec_.disk_folder, spec_.ranks && (staged || spec_.context.size() < 2));
+                                        spec_.disk_folder, spec_.ranks && (staged || spec_.context.size() < 2),
+                                        std::move(shared));
   for (const BlockSpec& block : graph.blocks) loaded->parameters.push_back(block.parameters);
   loaded->graph = std::move(graph);
   link(*loaded);
@@ -211,7 +218,8 @@ void Executor::prepare(const Tape& tape) const {
   };
   bool equal = tape.placement.param.size() == ours.param.size() && tape.placement.state.size() == ours.state.size();
   for (size_t b = 0; equal && b < ours.param.size(); ++b)
-    equal = same(tape.placement.param[b], ours.param[b]) && same(tape.placement.state[b], ours.state[b]);
+    equal = same(tape.placement.param[b], ours.param[b]) && same(tape.placement.state[b], ours.state[b]) &&
+            same(b < tape.placement.shared.size() ? tape.placement.shared[b] : std::nullopt, ours.shared[b]);
   equal = equal && tape.placement.stages == ours.stages;
   if (!equal)
     fail("TAPE", "[tape] has other homes for the state than this session. Load the session with this plan's placement");
@@ -241,10 +249,18 @@ void Executor::prepare(const Tape& tape) const {
                                                {Space::kDisk, Space::kHost},
                                                {Space::kHost, Space::kDisk}};
       const auto& ends = kEnds[static_cast<int>(at.queue)];
-      if (from.space != ends[0] || to.space != ends[1])
+      const bool in = at.queue == CopyQueue::kIn, out = at.queue == CopyQueue::kOut;
+      if ((from.space != ends[0] && !(in && from.space == Space::kShared)) ||
+          (to.space != ends[1] && !(out && to.space == Space::kShared)))
         fail("TAPE", "[tape] a copy's places are not those of its queue, at instruction ", i);
       if (at.at < 0 || at.bytes < 0 || at.at > from.bytes - at.bytes || at.at > to.bytes - at.bytes)
         fail("TAPE", "[tape] a copy goes beyond its places, at instruction ", i);
+      const auto is_own = [&to](const std::optional<Place>& home) {
+        return home.has_value() && home->space == Space::kShared && to.offset >= home->offset &&
+               to.offset + to.bytes <= home->offset + home->bytes;
+      };
+      if (to.space == Space::kShared && std::none_of(ours.param.begin(), ours.param.end(), is_own))
+        fail("TAPE", "[tape] another rank writes these bytes of shared memory, at instruction ", i);
       continue;
     }
     if (at.op == Op::kSend || at.op == Op::kReceive) {
@@ -500,6 +516,7 @@ StepResult Executor::step(const StepRequest& request, const std::atomic<bool>& c
   last_sums_.assign(graph.blocks.size(), std::nullopt);
   if (request.flush) flush_tape_ = request.flush;
 
+  meet_sharers();
   walk(step, cancelled);
   pending_ = step.dead ? Pending{} : std::move(step.next);
   // Others may have updated once they had agreed.
@@ -511,8 +528,8 @@ StepResult Executor::step(const StepRequest& request, const std::atomic<bool>& c
   step.result.begin = begin;
   step.result.seconds = steady_seconds() - begin;
   if (!spec_.device.is_cpu()) step.result.new_segments = cuda::memory(spec_.device).segments - segments;
-  step.result.peak_host_bytes = host_memory().peak;
-  step.result.host_bytes = state_->memory().host_bytes();
+  step.result.host_bytes = state_->host_bytes();
+  step.result.peak_host_bytes = host_memory().peak + step.result.host_bytes - state_->memory().host_bytes();
   return std::move(step.result);
 }
 
@@ -547,6 +564,7 @@ std::map<std::string, at::Tensor> Executor::run(const std::string& name, const B
   std::vector<int> last_use(flat.size(), -1);
   for (size_t b = 0; b < graph.blocks.size(); ++b)
     for (const int owner : loaded.owners[b]) last_use[owner] = static_cast<int>(b);
+  meet_sharers();
   const std::vector<int> rank_of = ranks_of_blocks(loaded);
   const auto read = readers(loaded, rank_of);
   const int self = spec_.ranks ? spec_.ranks->spec().rank : 0;
@@ -624,6 +642,7 @@ std::map<std::string, at::Tensor> Executor::run(const std::string& name, const B
   std::map<std::string, at::Tensor> outputs;
   for (const GraphOutput& output : graph.outputs)
     outputs[output.name] = boundaries.at(output.block).at(output.output).contiguous().to(at::kCPU);
+  meet_sharers();
   return outputs;
 }
 

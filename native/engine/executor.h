@@ -132,6 +132,7 @@ class Executor {
   int rank_of_owner(int owner) const;
   void lend(const at::Tensor& parameter, int to) const;
   at::Tensor borrow(const Parameter& parameter, int from) const;
+  void meet_sharers() const;
   // With ranks (exchange.cc).
   void report(Step& step);
   void exchange(Step& step);

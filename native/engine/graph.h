@@ -109,7 +109,8 @@ struct Graph {
   std::vector<GraphOutput> outputs;
 };
 
-enum class Space : uint8_t { kDevice, kHost, kDisk, kSlot };
+// kShared: host memory that the ranks of a replica have in common.
+enum class Space : uint8_t { kDevice, kHost, kShared, kDisk, kSlot };
 
 struct Place {
   Space space = Space::kDevice;
@@ -138,6 +139,7 @@ struct Stages {
   int rank = 0, ranks = 1;
   std::vector<int> of;  // by block: its stage
   int shards = 1, replicas = 1, context = 1;
+  bool shared_host = false;  // ranks of a replica read parameters from host memory that they share
   int members() const { return shards * replicas; }
   int stage() const { return rank / members(); }
   int member() const { return rank % members(); }
@@ -149,6 +151,12 @@ struct Stages {
   bool is_mine(size_t block) const { return of[block] == stage(); }
   bool runs(int micro_batch, int by) const { return micro_batch % (members() / context) == by % members() / context; }
   bool runs(int micro_batch) const { return runs(micro_batch, rank); }
+  // The ranks of this one's replica, by shard.
+  std::vector<int> replica_group() const {
+    std::vector<int> group;
+    for (int shard = 0; shard < shards; ++shard) group.push_back(peer(replica() * shards + shard));
+    return group;
+  }
   // The ranks that share rows with this one, in the order of their shares.
   std::vector<int> context_group() const {
     std::vector<int> group;
@@ -160,9 +168,11 @@ struct Stages {
 
 // Where the state of every block lives between steps.
 struct Placement {
-  int64_t device_bytes = 0, host_bytes = 0, disk_bytes = 0;
+  int64_t device_bytes = 0, host_bytes = 0, disk_bytes = 0, shared_bytes = 0;
   std::vector<std::optional<Place>> param, state;  // by block; with shards: of this rank's
-  std::optional<Stages> stages;                    // none: this rank holds and runs all
+  // By block: where the parts of all shards lie one behind the other, each of whole pages; `param` is one of them.
+  std::vector<std::optional<Place>> shared;
+  std::optional<Stages> stages;  // none: this rank holds and runs all
   bool is_mine(size_t block) const { return !stages.has_value() || stages->is_mine(block); }
   bool runs(int micro_batch) const { return !stages.has_value() || stages->runs(micro_batch); }
   int members() const { return stages.has_value() ? stages->members() : 1; }

@@ -19,8 +19,9 @@ at::Tensor arena(int64_t bytes) {
 
 }  // namespace
 
-Memory::Memory(const Placement& placement, at::Device device, Account& account, const std::string& disk_folder)
-    : on_(device) {
+Memory::Memory(const Placement& placement, at::Device device, Account& account, const std::string& disk_folder,
+               at::Tensor shared)
+    : on_(device), shared_(std::move(shared)) {
   try {
     if (on_.is_cpu()) {
       const AccountScope scope(account);
@@ -41,17 +42,18 @@ Memory::Memory(const Placement& placement, at::Device device, Account& account, 
 }
 
 void Memory::check(const Place& place, const char* what) const {
-  const int64_t end = place.space == Space::kDevice ? device_bytes()
-                      : place.space == Space::kHost ? host_bytes()
-                      : place.space == Space::kDisk ? disk_bytes()
-                                                    : INT64_MAX;
+  const int64_t end = place.space == Space::kDevice   ? device_bytes()
+                      : place.space == Space::kHost   ? host_bytes()
+                      : place.space == Space::kShared ? shared_bytes()
+                      : place.space == Space::kDisk   ? disk_bytes()
+                                                      : INT64_MAX;
   if (place.offset < 0 || place.bytes < 0 || place.offset > end - place.bytes)
     fail("TAPE", "[tape] ", what, " lies at ", place.offset, " to ", place.offset + place.bytes, " of an arena of ",
          end, " bytes. Load the session with this plan's placement");
 }
 
 char* Memory::address(const Place& place) const {
-  const at::Tensor& arena = place.space == Space::kDevice ? device_ : host_;
+  const at::Tensor& arena = place.space == Space::kDevice ? device_ : place.space == Space::kShared ? shared_ : host_;
   return static_cast<char*>(arena.mutable_data_ptr()) + place.offset;
 }
 

@@ -1,5 +1,5 @@
-// The arenas of a session: one flat range on the device, one on the host, one on disk. Places of a tape are ranges of
-// them.
+// The arenas of a session: one flat range on the device, one on the host, one on disk, one that ranks share. Places of
+// a tape are ranges of them.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -13,8 +13,10 @@ namespace stroma::engine {
 
 class Memory {
  public:
-  // account: what memory of a device that is this process's own is counted to. Throws OUT_OF_MEMORY, DISK_FULL.
-  Memory(const Placement& placement, at::Device device, Account& account, const std::string& disk_folder);
+  // account: what memory of a device that is this process's own is counted to. shared: of the placement's shared_bytes.
+  // Throws OUT_OF_MEMORY, DISK_FULL.
+  Memory(const Placement& placement, at::Device device, Account& account, const std::string& disk_folder,
+         at::Tensor shared);
 
   // A tensor over a range, on the device or on the CPU: memory of its own as far as autograd's version counters go.
   at::Tensor view(const Place& place, int64_t offset_bytes, at::IntArrayRef sizes, at::ScalarType dtype) const;
@@ -26,11 +28,12 @@ class Memory {
   void check(const Place& place, const char* what) const;  // throws TAPE when it lies outside its arena
   int64_t device_bytes() const { return device_.numel(); }
   int64_t host_bytes() const { return host_.numel(); }
+  int64_t shared_bytes() const { return shared_.defined() ? shared_.numel() : 0; }
   int64_t disk_bytes() const { return disk_ ? disk_->bytes() : 0; }
 
  private:
   at::Device on_;
-  at::Tensor device_, host_;  // bytes
+  at::Tensor device_, host_, shared_;  // bytes
   std::unique_ptr<Disk> disk_;
 };
 

@@ -41,7 +41,7 @@ StateKind state_kind_from_name(const std::string& name) {
 
 ModelState::ModelState(const Graph& graph, at::ScalarType dtype, const StateFormat& format,
                        std::optional<Placement> placement, at::Device device, Account& account,
-                       const std::string& disk_folder, bool among_ranks)
+                       const std::string& disk_folder, bool among_ranks, at::Tensor shared)
     : dtype_(dtype), device_(device), format_(format) {
   const Stages stages = placement.has_value() && placement->stages.has_value() ? *placement->stages : Stages{};
   layout = layout_blocks(graph, dtype, format, stages.shards, stages.shard());
@@ -78,8 +78,17 @@ ModelState::ModelState(const Graph& graph, at::ScalarType dtype, const StateForm
   for (const Parameter& p : parameters)
     if (p.layout.parameter < 0)
       fail("GRAPH", "[graph] parameter ", p.spec.name, " is owned by block ", p.spec.owner, ", which does not use it");
-  memory_ = std::make_unique<Memory>(placement_, device, account, disk_folder);
-  for (const auto* homes : {&placement_.param, &placement_.state})
+  memory_ = std::make_unique<Memory>(placement_, device, account, disk_folder, std::move(shared));
+  placement_.shared.resize(layout.size());
+  for (size_t b = 0; b < layout.size(); ++b) {
+    if (!placement_.shared[b].has_value()) continue;
+    int64_t bytes = 0;
+    for (int shard = 0; shard < stages.shards; ++shard)
+      bytes += round_up(
+          layout[b].shard(layout[b].all, shard).size() * static_cast<int64_t>(c10::elementSize(format.storage)), kPage);
+    check_home(placement_.shared[b], bytes, "shared parameters", graph.blocks[b].name);
+  }
+  for (const auto* homes : {&placement_.param, &placement_.state, &placement_.shared})
     for (const std::optional<Place>& home : *homes)
       if (home.has_value()) memory_->check(*home, "a home");
 }
@@ -183,7 +192,7 @@ ModelState::Range ModelState::range(StateKind kind, const Parameter& p) const {
 bool ModelState::in_host_memory(StateKind kind, const Parameter& p) const {
   if (kind == StateKind::kStep || !owns(p)) return false;
   const Space space = range(kind, p).home->space;
-  return space == Space::kHost || (space == Space::kDevice && device_.is_cpu());
+  return space == Space::kHost || space == Space::kShared || (space == Space::kDevice && device_.is_cpu());
 }
 
 bool ModelState::fits_twice() const {
@@ -274,6 +283,13 @@ int64_t ModelState::bytes() const {
   for (const auto* homes : {&placement_.param, &placement_.state})
     for (const std::optional<Place>& home : *homes)
       if (home.has_value()) total += home->bytes;
+  return total;
+}
+
+int64_t ModelState::host_bytes() const {
+  int64_t total = memory_->host_bytes();
+  for (const std::optional<Place>& home : placement_.param)
+    if (home.has_value() && home->space == Space::kShared) total += home->bytes;
   return total;
 }
 

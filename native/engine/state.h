@@ -39,9 +39,11 @@ struct Parameter {
 
 class ModelState {
  public:
-  // dtype: of the graph. Throws TAPE for a placement that does not fit, OUT_OF_MEMORY, DISK_FULL.
+  // dtype: of the graph; shared: memory in common with other ranks, where the placement has some. Throws TAPE for a
+  // placement that does not fit, OUT_OF_MEMORY, DISK_FULL.
   ModelState(const Graph& graph, at::ScalarType dtype, const StateFormat& format, std::optional<Placement> placement,
-             at::Device device, Account& account, const std::string& disk_folder, bool among_ranks);
+             at::Device device, Account& account, const std::string& disk_folder, bool among_ranks,
+             at::Tensor shared = {});
 
   std::vector<Parameter> parameters;
   std::vector<BlockLayout> layout;  // by block
@@ -68,6 +70,8 @@ class ModelState {
   void assign(StateKind kind, Parameter& parameter, const at::Tensor& value);
   void initialize(int64_t seed);
   int64_t bytes() const;
+  // Of host memory, what this session holds of it beside others that share it.
+  int64_t host_bytes() const;
   at::ScalarType dtype() const { return dtype_; }
   at::ScalarType wide() const { return wide_of(dtype_); }
   const StateFormat& format() const { return format_; }

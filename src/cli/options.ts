@@ -8,6 +8,7 @@
 import type { Options as YargsOption } from "yargs";
 import { z } from "zod";
 import { DEVICE_EXPECTS, DEVICE_PATTERN, type DeviceOption } from "../device.js";
+import { SHARED_HOST } from "../distributed/shared-host.js";
 import { TRANSPORTS } from "../distributed/transport.js";
 import { invalidArgument, StromaError } from "../errors.js";
 import { SCHEDULE_KINDS } from "../optim/schedules.js";
@@ -427,6 +428,12 @@ export const trainOptions = {
     ["float32", "bfloat16"],
     "What gradients travel as between ranks that share blocks; as they are summed, unless said",
     null,
+  ),
+  sharedHost: choice(
+    RANKS,
+    SHARED_HOST,
+    "Ranks that share the state of blocks read parameters that live on the host from memory that they have in common, and send none",
+    "auto; on one machine, where the device has memory of its own",
   ),
   transport: choice(
     RANKS,

@@ -22,6 +22,9 @@ export function ranksText(name: string, plan: RanksPlan, request: RanksRequest, 
     report.shards === report.devices
       ? `${report.devices} cards, sharded: each runs all blocks on its part of the batch and holds a part of every block's state`
       : `${report.devices} cards, ${report.stages} stages: ${STAGES[report.stages]}${report.shards > 1 ? `; ${report.shards} cards share the state of a block` : ""}`,
+    ...(report.sharedHost
+      ? ["parameters on the host lie in memory that the cards share: each fetches whole blocks from there"]
+      : []),
     "",
     ...placementRows([
       ...report.perRank.map((r) => ({

@@ -255,5 +255,5 @@ function what(graph: Graph, tape: Tape, i: Instruction): string {
 function placeText(tape: Tape, p: P): string {
   if (p < 0) return "none";
   const { space, offset } = tape.places[p]!;
-  return `${{ device: "d", host: "h", disk: "f", slot: "s" }[space]}@${offset}`;
+  return `${{ device: "d", host: "h", shared: "m", disk: "f", slot: "s" }[space]}@${offset}`;
 }

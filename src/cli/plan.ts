@@ -21,6 +21,7 @@ export interface PlanArguments {
   devices: number;
   stages?: StageRule;
   shards?: number;
+  "shared-host"?: "on" | "off";
   "device-memory"?: string;
   "host-memory"?: string;
   disk: string;
@@ -62,6 +63,12 @@ export const planCommand: CommandModule<object, PlanArguments> = {
         shards: {
           type: "number",
           describe: "Only plans in which so many cards share the state of a block. Default: the faster of 1 and all",
+        },
+        "shared-host": {
+          choices: ["on", "off"] as const,
+          default: "on" as const,
+          describe:
+            "Cards that share the state of a block read parameters on the host from memory in common; off: send them",
         },
         "device-memory": {
           type: "string",
@@ -182,7 +189,8 @@ export function plan(args: PlanArguments, machine: ProbeReport | null = probeMac
     budget: budgetFor(args, profile, machine),
   };
   if (devices > 1) {
-    const spread = { ...request, devices, stages, shards };
+    const sharedHost = args["shared-host"] !== "off" && profile.device !== "cpu";
+    const spread = { ...request, devices, stages, shards, sharedHost };
     const result = planRanksAuto(graph, spread);
     if (args.json) return `${JSON.stringify(result.report)}\n`;
     if (profile.device === "cpu") notes.push("speed is that of ranks which have as many cores each");

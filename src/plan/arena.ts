@@ -30,7 +30,7 @@ interface Buffer {
 
 export class Buffers {
   readonly list: Buffer[] = [];
-  private readonly ends: Record<Space, number> = { device: 0, host: 0, disk: 0, slot: 0 };
+  private readonly ends: Record<Space, number> = { device: 0, host: 0, shared: 0, disk: 0, slot: 0 };
 
   /** What is there before and after the program; `bytes` a multiple of a page. */
   fixed(space: Space, bytes: number): P {
@@ -66,7 +66,7 @@ export class Buffers {
   /** Sets every offset; bytes of each arena and the number of slots. */
   place(positions: number): Record<Space, number> {
     const used = { ...this.ends };
-    for (const space of ["device", "host", "disk", "slot"] as const) {
+    for (const space of ["device", "host", "shared", "disk", "slot"] as const) {
       const here = this.list.filter((b) => b.space === space && b.part === null);
       const transients = here.filter((b) => !b.fixed && b.first >= 0);
       if (space === "slot") used.slot = numberSlots(transients);

@@ -1,5 +1,5 @@
 /** Where every byte of a plan lives: kind x space, read off its tape. */
-import type { TapePeaks } from "./simulate.js";
+import { sharedPart, type TapePeaks } from "./simulate.js";
 import type { Instruction, P, Place, Tape } from "./types.js";
 
 export const PLACED_KINDS = ["parameters", "optimizer", "retained", "boundaries", "slabs", "workspace"] as const;
@@ -25,7 +25,11 @@ export function describePlacement(tape: Tape, peaks: TapePeaks): PlacementTable 
   const table = Object.fromEntries(
     PLACED_KINDS.map((kind) => [kind, { device: 0, host: 0, disk: 0 }]),
   ) as PlacementTable;
-  const arenas = { device: tape.placement.arenas.deviceBytes, host: peaks.hostBytes, disk: peaks.diskBytes };
+  const arenas = {
+    device: tape.placement.arenas.deviceBytes,
+    host: peaks.hostBytes - sharedPart(tape),
+    disk: peaks.diskBytes,
+  };
   for (const space of ["device", "host", "disk"] as const) {
     const taken: Interval[] = [];
     for (const kind of ["parameters", "optimizer", "retained", "boundaries"] as const) {
@@ -35,6 +39,7 @@ export function describePlacement(tape: Tape, peaks: TapePeaks): PlacementTable 
     }
     table.slabs[space] = arenas[space] - length(union(taken));
   }
+  table.parameters.host += sharedPart(tape);
   table.workspace.device = peaks.workspaceBytes;
   return table;
 }

@@ -15,6 +15,7 @@ import {
   searched,
 } from "./auto.js";
 import type { PlacementTable } from "./auto-describe.js";
+import type { RankTapes } from "./auto-fit.js";
 import { stageOf } from "./mesh.js";
 import type { BoundBy } from "./simulate.js";
 import { assignStages, hasTies, STAGE_RULES, type StageRule, type Ties } from "./stages.js";
@@ -26,6 +27,8 @@ export interface RanksRequest extends PlanRequest {
   stages?: StageRule;
   /** Only so many devices to a block's state. Default: the faster of one and all. */
   shards?: number;
+  /** Devices read parameters that live on the host from memory in common. Default: where they have memory of their own. */
+  sharedHost?: boolean;
 }
 
 export interface RankReport {
@@ -51,6 +54,8 @@ export interface RanksReport extends PlanReport {
   stages: StageRule;
   /** Devices that share the state of a block. */
   shards: number;
+  /** They read parameters from host memory that they have in common. */
+  sharedHost: boolean;
   /** By block. */
   stagesOf: number[];
   bytesBetweenDevicesPerStep: number;
@@ -76,7 +81,7 @@ export function planRanksAuto(graph: Graph, request: RanksRequest): RanksPlan {
     ...others.map(({ best: other, ...otherwise }) => ({
       plan: `${named(otherwise, devices)}: ${other.label}`,
       fits: other.over === null,
-      why: other.over?.why ?? slower(otherwise, times(other.tokensPerSecond)),
+      why: other.over?.why ?? slower(otherwise, readsShared(other.written), times(other.tokensPerSecond)),
       peakDeviceBytes: other.peaks?.deviceBytes ?? null,
       peakHostBytes: other.peaks?.hostBytes ?? null,
       predictedTokensPerSecond: other.simulation === null ? null : other.tokensPerSecond,
@@ -117,7 +122,7 @@ interface How {
 }
 
 /** Searched in each way, the one to take first. */
-function rulesTried(graph: Graph, { devices, stages, shards, ...request }: RanksRequest) {
+function rulesTried(graph: Graph, { devices, stages, shards, sharedHost, ...request }: RanksRequest) {
   if (!Number.isSafeInteger(devices) || devices < 2)
     throw new StromaError("CONFIG", `[plan] expected devices to be a whole number of at least 2, got ${devices}`);
   if (shards !== undefined && (!Number.isSafeInteger(shards) || shards < 1 || devices % shards !== 0))
@@ -137,7 +142,8 @@ function rulesTried(graph: Graph, { devices, stages, shards, ...request }: Ranks
   const ways =
     shards !== undefined ? staged(shards) : [...staged(1), ...(stages === undefined && may ? staged(devices) : [])];
   const tried = ways.map((how) => {
-    const search = searched(graph, request, { ranks: devices, ...how });
+    const shares = sharedHost ?? request.profile.device !== "cpu";
+    const search = searched(graph, request, { ranks: devices, ...how, sharedHost: shares });
     return { ...how, search, best: search.chosen() };
   });
   const misfit = ({ best }: (typeof tried)[number]) => best.over?.bytes ?? 0;
@@ -159,19 +165,29 @@ const named = ({ rule, shards, ties }: How, devices: number): string => {
   return `${rule} stages${shards > 1 ? ` of ${shards} shards` : ""}${together}`;
 };
 
-const slower = ({ rule, shards }: How, by: string): string =>
+const slower = ({ rule, shards }: How, sharesHost: boolean, by: string): string =>
   shards > 1
-    ? `${by}: every block's parameters and gradients cross between cards`
+    ? sharesHost
+      ? `${by}: every card fetches every block, and its gradients cross between cards`
+      : `${by}: every block's parameters and gradients cross between cards`
     : rule !== "alternating"
       ? `${by}: a stretch of blocks waits for the stretch before it`
       : `${by}: every block's output crosses between cards`;
 
+/** Whether parameters lie in host memory that the ranks of a plan share. */
+const readsShared = (plan: { ranks: readonly RankPlan[] } | { tapes: readonly RankTapes[] } | null): boolean =>
+  plan !== null &&
+  ("ranks" in plan ? plan.ranks.map((r) => r.tapes) : plan.tapes).some(
+    ({ step }) => step.placement.arenas.sharedBytes !== undefined,
+  );
+
 function ranksReport(
-  { report, ranks, policy }: AutoPlan,
+  plan: AutoPlan,
   devices: number,
   { rule: stages, shards }: How,
   alternatives: Alternative[],
 ): RanksReport {
+  const { report, ranks, policy } = plan;
   const { of } = policy.stages!;
   const perRank = ranks.map(({ peaks, placements, simulation }: RankPlan, rank): RankReport => {
     const blocks = of.flatMap((stage, b) => (stage === stageOf(policy.stages!, rank) ? [b] : []));
@@ -196,6 +212,7 @@ function ranksReport(
     devices,
     stages,
     shards,
+    sharedHost: readsShared(plan),
     stagesOf: of,
     bytesBetweenDevicesPerStep: perRank.reduce((sum, r) => sum + r.bytesSentPerStep, 0),
     bubble: perRank.reduce((sum, r) => sum + r.bubble, 0) / devices,

@@ -122,6 +122,8 @@ export interface Spread {
   ranks: number;
   rule: StageRule;
   shards: number;
+  /** They read parameters from host memory that they have in common. */
+  sharedHost: boolean;
   /** Default: the rule's. */
   ties?: Ties;
 }
@@ -271,9 +273,10 @@ export class Search {
 
   private stages(graph: Graph): Stages | null {
     if (this.spread === null) return null;
-    const { ranks, rule, shards, ties } = this.spread;
+    const { ranks, rule, shards, sharedHost, ties } = this.spread;
     const of = assignStages(graph, ranks / shards, rule, ties);
-    return { rank: 0, ranks, of, ...(shards > 1 ? { shards } : {}) };
+    const shared = { shards, ...(sharedHost ? ({ sharedHost } as const) : {}) };
+    return { rank: 0, ranks, of, ...(shards > 1 ? shared : {}) };
   }
 
   /** Whether every device has a block of it. */

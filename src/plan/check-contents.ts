@@ -9,13 +9,25 @@
 import { type Facts, nameOf, type Op, type Pass, refuse, showPlace } from "./check-facts.js";
 import { RETAINED_DTYPES } from "./check-form.js";
 import { Intervals } from "./intervals.js";
-import { batchesOf, memberOf, membersOf, replicaOf, replicasOf, shardOf, shardsOf } from "./mesh.js";
+import { batchesOf, memberOf, membersOf, replicaOf, replicasOf, shardOf, shardsOf, sharesHost } from "./mesh.js";
 import type { Instruction, Operand, Place, Shard, Space, Tape, Tied } from "./types.js";
 
-type Kind = Operand["kind"] | Shard["kind"] | "sums";
-const KINDS: readonly Kind[] = ["param", "state", "compute", "sums", "retained", "partial", "reduced", "x", "dx"];
+/** others: param of all of a block's shards, in storage, as far as other ranks have them. */
+type Kind = Operand["kind"] | Shard["kind"] | "sums" | "others";
+const KINDS: readonly Kind[] = [
+  "param",
+  "state",
+  "compute",
+  "sums",
+  "retained",
+  "partial",
+  "reduced",
+  "others",
+  "x",
+  "dx",
+];
 /** Of them those that blocks have, not boundaries. */
-const FLAT = 7;
+const FLAT = 8;
 
 interface Content {
   /** Of the operand: operandId. */
@@ -37,6 +49,7 @@ export class Memory {
   private readonly arenas: Record<Space, Intervals<Content>> = {
     device: new Intervals(),
     host: new Intervals(),
+    shared: new Intervals(),
     disk: new Intervals(),
     slot: new Intervals(),
   };
@@ -82,6 +95,7 @@ export class Memory {
     for (const [b, { param, state }] of home.homes.entries()) {
       if (param !== null) this.putParam(b, param, 0, -1);
       if (state !== null) this.put("state", b, state, 0, -1);
+      this.putOthers(home, b, 0, -1);
     }
   }
 
@@ -108,8 +122,10 @@ export class Memory {
       this.ran++;
     }
     this.at = tape.instructions.length;
-    const final = forward ? this.demanded : this.entered + 1;
+    const { final } = this;
     this.end(final);
+    // All ranks end a step, and a flush, before any of them begins the next step.
+    for (const b of this.facts.layouts.keys()) this.putOthers(tape.placement, b, final, this.ran);
     this.entered = final;
     this.pending = forward && tape.kind === "step";
     this.step++;
@@ -247,6 +263,11 @@ export class Memory {
   }
 
   private cast(i: Op<"cast">): void {
+    if (i.shard !== undefined) {
+      this.demandShard("from", i.from, i.block, i.shard);
+      this.putComputed(i.block, i.shard, i.to);
+      return;
+    }
     const { offset } = this.tape.places[i.from]!;
     let version = FROZEN;
     this.arenas.device.each(offset, offset + 1, (content) => {
@@ -261,6 +282,34 @@ export class Memory {
     if (version === FROZEN && this.facts.isTrained(i.block)) version = this.demanded;
     const { start } = this.shard({ kind: "compute", block: i.block, shard: shardOf(this.tape.stages!), of: 0 }, 0);
     this.put("compute", i.block, this.tape.places[i.to]!, version, this.ran, start);
+  }
+
+  /** Another rank's part, as this one computes with it: bytes [at, at + bytes) of the place. */
+  private putComputed(block: number, shard: number, p: number, at = 0, bytes = this.tape.places[p]!.bytes): void {
+    const { version, start } = this.shard({ kind: "compute", block, shard, of: 0 }, 0);
+    const { space, offset } = this.tape.places[p]!;
+    this.put("compute", block, { space, offset: offset + at, bytes }, version, this.ran, start + at);
+  }
+
+  /** Another rank's part in storage, of the step's version. */
+  private demandShard(what: string, p: number, block: number, shard: number, at?: number, bytes?: number): void {
+    const { facts } = this;
+    const { trainableBytes, heldBytes } = facts.layouts[block]!.slab(shard);
+    const start = this.othersStart(block, shard);
+    const place = this.tape.places[p]!;
+    const [from, to] = [at ?? 0, (at ?? 0) + (bytes ?? heldBytes)];
+    const trained = Math.min(trainableBytes, heldBytes);
+    const demand = (version: number, a: number, b: number) => {
+      if (a < b) this.demandAt(what, place, "others", block, version, a, b, start);
+    };
+    demand(this.demanded, from, Math.min(to, trained));
+    demand(FROZEN, Math.max(from, trained), to);
+  }
+
+  /** Where a shard's param begins, of all that `others` has of its block. */
+  private othersStart(block: number, shard: number): number {
+    const { begin } = this.facts.layouts[block]!.shard(shard).compute;
+    return begin * this.facts.storedItemsize;
   }
 
   /** The version of a shard, and the byte of its operand at which it begins. */
@@ -297,6 +346,10 @@ export class Memory {
   private exchange(i: Op<"send" | "receive">): void {
     if ("shard" in i.operand) {
       const { kind, block } = i.operand;
+      if (kind === "updated") {
+        this.word(i, i.operand);
+        return;
+      }
       const { version, start } = this.shard(i.operand, i.bytes);
       if (i.op === "send") this.demand("place", i.place, kind, block, version, i.bytes, 0, start);
       else this.put(kind, block, this.tape.places[i.place]!, version, this.ran, start);
@@ -326,6 +379,21 @@ export class Memory {
       kind === "sums" ? this.counted(this.mine.length) : this.facts.isTrained(block) ? this.demanded : FROZEN;
     if (sends) this.demand("place", i.place, kind, block, version);
     else this.put(kind, block, place, version);
+  }
+
+  /** A shard in shared memory has been updated; what lies there is then what its rank says. */
+  private word(i: Op<"send" | "receive">, { block, shard }: Shard): void {
+    if (i.op === "receive") {
+      this.putShard(this.tape.placement, block, shard, this.final, this.ran);
+      return;
+    }
+    const { trainableBytes } = this.facts.layouts[block]!.slab(shard);
+    this.demand("place", i.place, "param", block, this.final, trainableBytes);
+  }
+
+  /** Updates that every block has seen when the tape ends. */
+  private get final(): number {
+    return this.tape.update === "forward" ? this.demanded : this.entered + 1;
   }
 
   private report(): void {
@@ -392,7 +460,14 @@ export class Memory {
     const { kind, block } = i.operand;
     const operand = "output" in i.operand ? this.boundary(block, i.operand.output, i.operand.microBatch) : block;
     // Where nothing is pending, nothing was retained; its copies move whatever lies there.
-    if (kind !== "retained" || this.pending || this.packed.has(block))
+    const shard = "output" in i.operand ? undefined : i.operand.shard;
+    if (shard !== undefined) {
+      this.demandShard("from", i.from, block, shard, i.at, i.bytes);
+      if (this.facts.storedItemsize === this.facts.computeItemsize) {
+        this.putComputed(block, shard, i.to, i.at, i.bytes);
+        return;
+      }
+    } else if (kind !== "retained" || this.pending || this.packed.has(block))
       this.demand("from", i.from, kind, operand, null, i.bytes, i.at);
     const start = from.offset + i.at;
     const pieces: [number, number, Content | undefined][] = [];
@@ -434,6 +509,19 @@ export class Memory {
         this.demandAt(home, param, "param", b, FROZEN, trainableBytes, paramBytes);
       }
       if (state !== null) this.demandAt(home, state, "state", b, final, 0, state.bytes);
+      if (tape.kind === "step" && tape.update === "forward") this.demandOthers(b);
+    }
+  }
+
+  /** The others have said that their parts of a block are of this step. */
+  private demandOthers(block: number): void {
+    if (!sharesHost(this.tape.stages)) return;
+    for (let k = 0; k < shardsOf(this.tape.stages); k++) {
+      const slab = this.facts.slab(this.tape.placement, block, k);
+      const { trainableBytes } = this.facts.layouts[block]!.slab(k);
+      if (slab === null || k === shardOf(this.tape.stages!)) continue;
+      const start = this.othersStart(block, k);
+      this.demandAt(`shard ${k} of block ${block}`, slab, "others", block, this.demanded, 0, trainableBytes, start);
     }
   }
 
@@ -526,6 +614,21 @@ export class Memory {
     this.put("param", block, { ...place, bytes: this.facts.layouts[block]!.trainableBytes }, version, written);
   }
 
+  private putOthers(placement: Tape["placement"], block: number, version: number, written: number): void {
+    if (!sharesHost(this.facts.stages)) return;
+    for (let k = 0; k < shardsOf(this.facts.stages); k++)
+      if (k !== shardOf(this.facts.stages!)) this.putShard(placement, block, k, version, written);
+  }
+
+  private putShard(placement: Tape["placement"], block: number, shard: number, version: number, written: number): void {
+    const slab = this.facts.slab(placement, block, shard);
+    if (slab === null) return;
+    const start = this.othersStart(block, shard);
+    const { trainableBytes } = this.facts.layouts[block]!.slab(shard);
+    this.put("others", block, slab, FROZEN, written, start);
+    this.put("others", block, { ...slab, bytes: trainableBytes }, version, written, start);
+  }
+
   private once(done: Set<number>, id: number, again: string): void {
     if (done.has(id)) this.fail(again);
     done.add(id);
@@ -571,7 +674,7 @@ export class Memory {
       const of = this.facts.contributors[block]![output - this.outputOffsets[block]!]!.length;
       return `${name} with ${count} of its ${of} contributions${steps(step)}`;
     }
-    const name = `${kind}(${id % blocks})`;
+    const name = kind === "others" ? `others' param(${id % blocks})` : `${kind}(${id % blocks})`;
     if (version === null) return name;
     if (kind === "sums") return `${name} of ${count} micro-batches${steps(step)}`;
     if (kind === "partial") return `${name} of member ${count}${steps(step)}`;

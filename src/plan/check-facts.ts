@@ -8,6 +8,9 @@ import { stageOf } from "./mesh.js";
 import type { Instruction, Operand, Place, Shard, Stages, StateFormat, Tape, Tied } from "./types.js";
 
 export type Pass = Extract<Instruction, { op: "forward" | "turn" | "backward" }>;
+export const samePlace = (a: Place | null | undefined, b: Place | null): boolean =>
+  a?.space === b?.space && a?.offset === b?.offset && a?.bytes === b?.bytes;
+
 export type Op<K extends Instruction["op"]> = Extract<Instruction, { op: K }>;
 
 export class Facts {
@@ -25,7 +28,7 @@ export class Facts {
 
   constructor(
     readonly graph: Graph,
-    format: StateFormat,
+    readonly format: StateFormat,
     readonly stages?: Stages,
   ) {
     this.layouts = blockLayouts(graph, format, stages);
@@ -65,7 +68,18 @@ export class Facts {
     return this.layouts[block]!.partialBytes("float32") > 0;
   }
 
-  /** Bytes of compute elements, and of gradient sums. */
+  /** Where shard k of a block's parameters lies in shared host memory; null: nowhere. */
+  slab({ homes }: Tape["placement"], block: number, k: number): Place | null {
+    const whole = homes[block]!.shared;
+    const { at, paramBytes } = this.layouts[block]!.slab(k);
+    if (whole === undefined || paramBytes === 0) return null;
+    return { space: whole.space, offset: whole.offset + at, bytes: paramBytes };
+  }
+
+  /** Bytes of param elements, of compute elements, and of gradient sums. */
+  get storedItemsize(): number {
+    return dtypeBytes(this.format.storage);
+  }
   get computeItemsize(): number {
     return dtypeBytes(this.graph.dtype ?? "float32");
   }
@@ -97,8 +111,8 @@ export class Facts {
 export const nameOf = (o: Operand | Shard | Tied): string =>
   "output" in o
     ? `${o.kind}(${o.block}, ${o.output}, ${o.microBatch})`
-    : "shard" in o
-      ? `shard ${o.shard} of ${o.kind}(${o.block})${o.kind === "compute" ? "" : ` of ${o.of}`}`
+    : "shard" in o && o.shard !== undefined
+      ? `shard ${o.shard} of ${o.kind}(${o.block})${o.kind === "partial" || o.kind === "reduced" ? ` of ${o.of}` : ""}`
       : `${o.kind}(${o.block})`;
 
 export const showPlace = (tape: Tape, p: number): string => {

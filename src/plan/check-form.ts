@@ -4,11 +4,22 @@
  */
 import type { Graph } from "../graph/types.js";
 import { dtypeBytes } from "../graph/value.js";
-import { type Facts, type Op, type Pass, refuse, showPlace, showRange } from "./check-facts.js";
+import { type Facts, type Op, type Pass, refuse, samePlace, showPlace, showRange } from "./check-facts.js";
 import { PAGE, PLACE_ALIGN } from "./layout.js";
-import { batchesOf, memberOf, membersOf, replicasOf, shardOf, shardsOf, stageOf } from "./mesh.js";
+import {
+  batchesOf,
+  memberOf,
+  membersOf,
+  replicaOf,
+  replicasOf,
+  shardOf,
+  shardsOf,
+  sharesHost,
+  stageOf,
+} from "./mesh.js";
 import { checkStages } from "./stages.js";
 import {
+  type Boundary,
   type CopyQueue,
   type Instruction,
   type Operand,
@@ -29,11 +40,11 @@ const WORDS = {
   clip: ["none", "block", "global"],
 } as const;
 export const RETAINED_DTYPES: readonly RetainedDType[] = ["float32", "float64", "bfloat16", "dynamic8"];
-const ROUTES: Record<CopyQueue, [from: Space, to: Space]> = {
-  in: ["host", "device"],
-  out: ["device", "host"],
-  load: ["disk", "host"],
-  save: ["host", "disk"],
+const ROUTES: Record<CopyQueue, [from: readonly Space[], to: readonly Space[]]> = {
+  in: [["host", "shared"], ["device"]],
+  out: [["device"], ["host", "shared"]],
+  load: [["disk"], ["host"]],
+  save: [["host"], ["disk"]],
 };
 
 const isCount = (n: unknown, least = 0): n is number => Number.isSafeInteger(n) && (n as number) >= least;
@@ -51,8 +62,8 @@ export function checkHeader(graph: Graph, tape: Tape): void {
   const least = tape.kind === "step" ? 1 : 0;
   if (!isCount(tape.microBatches, least) || (tape.kind === "flush" && tape.microBatches !== 0))
     refuse(tape, -1, `microBatches of a ${tape.kind} is ${tape.microBatches}`);
-  const { deviceBytes, hostBytes, diskBytes } = tape.placement.arenas;
-  for (const [name, n] of Object.entries({ slots: tape.slots, deviceBytes, hostBytes, diskBytes }))
+  const { deviceBytes, hostBytes, diskBytes, sharedBytes = 0 } = tape.placement.arenas;
+  for (const [name, n] of Object.entries({ slots: tape.slots, deviceBytes, hostBytes, diskBytes, sharedBytes }))
     if (!isCount(n)) refuse(tape, -1, `${name} is ${n}`);
   if (tape.kind === "flush" && tape.update !== "forward")
     refuse(tape, -1, `a flush is for update "forward", not "${tape.update}"`);
@@ -96,10 +107,11 @@ class Form {
   }
 
   private inArena(place: Place, what: string): void {
-    const { deviceBytes, hostBytes, diskBytes } = this.tape.placement.arenas;
+    const { deviceBytes, hostBytes, diskBytes, sharedBytes = 0 } = this.tape.placement.arenas;
     const ends: Record<Space, number> = {
       device: deviceBytes,
       host: hostBytes,
+      shared: sharedBytes,
       disk: diskBytes,
       slot: this.tape.slots,
     };
@@ -127,8 +139,10 @@ class Form {
         if (home === null) continue;
         this.inArena(home, what);
         if (home.space === "slot") this.fail(`${what} is a slot`);
-        taken.push(home);
+        if (home.space !== "shared") taken.push(home);
+        else if (kind === "state" || homes[b]!.shared === undefined) this.fail(`${what} is in shared memory`);
       }
+      if (homes[b]!.shared !== undefined) taken.push(this.sharedHome(b, homes[b]!.shared, homes[b]!.param));
     }
     taken.sort((a, b) => (a.space < b.space ? -1 : a.space > b.space ? 1 : a.offset - b.offset));
     for (const [i, home] of taken.entries()) {
@@ -136,6 +150,20 @@ class Form {
       if (next?.space === home.space && next.offset < home.offset + home.bytes)
         this.fail(`homes overlap: ${showRange(home)} and ${showRange(next)}`);
     }
+  }
+
+  /** Where the parts of all shards of a block lie. */
+  private sharedHome(b: number, whole: Place, own: Place | null): Place {
+    const { stages, placement } = this.tape;
+    const what = `shared home of param(${b})`;
+    if (!sharesHost(stages) || !this.facts.isMine(b)) this.fail(`${what}: there is nobody to share it with`);
+    const last = this.facts.layouts[b]!.slab(shardsOf(stages) - 1);
+    if (whole.space !== "shared" || whole.bytes !== last.at + last.paramBytes)
+      this.fail(`${what} (${showRange(whole)}) is not of ${last.at + last.paramBytes} shared bytes`);
+    this.inArena(whole, what);
+    if (!samePlace(own, this.facts.slab(placement, b, shardOf(stages!))))
+      this.fail(`home of param(${b}) is not the rank's own part of its shared home`);
+    return whole;
   }
 
   /** Every kept value is the one result of an operator that the tape names kernels for. */
@@ -179,11 +207,15 @@ class Form {
         break;
       case "cast":
         if (layout!.computeBytes === 0) this.fail(`casts block ${i.block}, which computes in its storage dtype`);
-        this.state("from", i.from, layout!.paramBytes);
+        this.state(
+          "from",
+          i.from,
+          i.shard === undefined ? layout!.paramBytes : this.others(i.block, i.shard).heldBytes,
+        );
         this.state(
           "to",
           i.to,
-          shardsOf(this.tape.stages) > 1 ? this.shardBytes("compute", i.block) : layout!.computeBytes,
+          shardsOf(this.tape.stages) > 1 ? this.shardBytes("compute", i.block, i.shard) : layout!.computeBytes,
         );
         break;
       case "partial":
@@ -291,9 +323,10 @@ class Form {
     const ends = [i.from, i.to].map((p) => this.place("copy", p));
     for (const [k, place] of ends.entries()) {
       const what = k === 0 ? "from" : "to";
-      if (place.space !== route[k]) this.fail(`${what} is on ${place.space}; queue ${i.queue} wants ${route[k]}`);
+      if (!route[k]!.includes(place.space))
+        this.fail(`${what} is on ${place.space}; queue ${i.queue} wants ${route[k]!.join(" or ")}`);
       this.holdsOperand(what, [i.from, i.to][k]!, i.operand);
-      const unit = route.includes("disk") ? PAGE : 1;
+      const unit = route.flat().includes("disk") ? PAGE : 1;
       if (place.offset % unit !== 0) this.fail(`${what} (${showRange(place)}) is not on a multiple of ${unit}`);
       if (!isCount(i.at) || !isCount(i.bytes, 1) || i.at % unit !== 0 || i.bytes % unit !== 0)
         this.fail(`bytes ${i.at}..${i.at + i.bytes} are no range${unit > 1 ? ` of whole ${unit} bytes` : ""}`);
@@ -351,11 +384,24 @@ class Form {
     const stages = this.tape.stages!;
     if (this.facts.layouts[block] === undefined || !this.facts.isMine(block)) this.fail(`block ${block} is not here`);
     if (stageOf(stages, i.peer) !== stageOf(stages)) this.fail(`rank ${i.peer} is of another stage`);
-    const most = { compute: 1, partial: membersOf(stages), reduced: replicasOf(stages) }[kind];
+    const most = { compute: 1, partial: membersOf(stages), reduced: replicasOf(stages), updated: 1 }[kind];
     if (most === undefined) this.fail(`there are no shards of ${kind}`);
     if (!isCount(shard) || shard >= shardsOf(stages) || !isCount(of) || of >= most || i.count !== 0)
       this.fail(`there is no shard ${shard} of ${of}, count ${i.count}`);
     const place = this.place("place", i.place);
+    if (kind === "updated") {
+      const writer = i.op === "send" ? stages.rank : i.peer;
+      const sharing = i.op === "send" ? i.peer : stages.rank;
+      if (
+        shard !== shardOf(stages, writer) ||
+        replicaOf(stages, writer) !== replicaOf(stages, sharing) ||
+        i.bytes !== 1
+      )
+        this.fail(`rank ${writer} has no word of shard ${shard} for rank ${sharing}`);
+      if (!samePlace(place, this.facts.slab(this.tape.placement, block, shard)))
+        this.fail(`${showRange(place)} is not where shard ${shard} lies`);
+      return;
+    }
     const bytes = this.shardBytes(
       kind,
       block,
@@ -412,22 +458,29 @@ class Form {
   private operand(o: Operand): void {
     const layout = this.facts.layouts[o?.block];
     if (layout === undefined) this.fail(`block ${o?.block} does not exist`);
-    if (o.kind === "x" || o.kind === "dx") {
+    if ("output" in o) {
       const exists = this.facts.isRead[o.block]![o.output];
       if (!exists || !isCount(o.microBatch) || o.microBatch >= this.tape.microBatches)
         this.fail("copies a boundary that does not exist");
-    } else if (!["param", "state", "retained"].includes(o.kind))
+    } else if (!["param", "state", "retained"].includes(o.kind) || (o.shard !== undefined && o.kind !== "param"))
       this.fail(`${(o as Operand).kind} is no operand to copy`);
   }
 
   /** The place is of the size that the copied operand has. */
   private holdsOperand(what: string, p: number, o: Operand): void {
-    if (o.kind === "x" || o.kind === "dx") {
+    if ("output" in o) {
       this.boundary(what, p, o);
       return;
     }
     const layout = this.facts.layouts[o.block]!;
-    const { bytes } = this.tape.places[p]!;
+    const place = this.tape.places[p]!;
+    const { bytes } = place;
+    if (place.space === "shared") this.sharedEnd(what, place, o);
+    if (o.shard !== undefined) {
+      const { heldBytes } = this.others(o.block, o.shard);
+      if (bytes !== heldBytes) this.fail(`${what}: ${showPlace(this.tape, p)} is not of size ${heldBytes}`);
+      return;
+    }
     // On its way to disk, only the trained part of the parameters is there.
     const sizes = {
       retained: RETAINED_DTYPES.map((d) => layout.retainedBytes(d)),
@@ -435,6 +488,25 @@ class Form {
       state: [layout.stateBytes],
     }[o.kind];
     if (!sizes.includes(bytes)) this.fail(`${what}: ${showPlace(this.tape, p)} is not of size ${sizes.join(" or ")}`);
+  }
+
+  /** A shard that another rank has, of which this one reads. */
+  private others(block: number, shard: number): ReturnType<Facts["layouts"][number]["slab"]> {
+    const { stages, placement } = this.tape;
+    const exists = Number.isSafeInteger(shard) && shard >= 0 && shard < shardsOf(stages);
+    if (placement.homes[block]!.shared === undefined || !exists || shard === shardOf(stages!))
+      this.fail(`there is no other rank's shard ${shard} of block ${block} in shared memory`);
+    return this.facts.layouts[block]!.slab(shard);
+  }
+
+  /** Of shared memory a rank writes its own parts only, and copies from where the operand lies. */
+  private sharedEnd(what: string, place: Place, { kind, block, shard }: Exclude<Operand, Boundary>): void {
+    const { stages, placement } = this.tape;
+    const slab = kind === "param" ? this.facts.slab(placement, block, shard ?? shardOf(stages!)) : null;
+    const bytes = shard === undefined ? slab?.bytes : this.facts.layouts[block]!.slab(shard).heldBytes;
+    if (slab === null || place.offset !== slab.offset || place.bytes !== bytes)
+      this.fail(`${what}: ${showRange(place)} is not where the part lies`);
+    if (what === "to" && shard !== undefined) this.fail(`shard ${shard} of block ${block} is another rank's to write`);
   }
 
   private gradient(block: number, what: string, list: number[]): void {

@@ -47,6 +47,7 @@ class Order {
   private readonly memory: Record<Space, Intervals<Accesses>> = {
     device: new Intervals(),
     host: new Intervals(),
+    shared: new Intervals(),
     disk: new Intervals(),
     slot: new Intervals(),
   };
@@ -119,6 +120,9 @@ function accesses(facts: Facts, tape: Tape, now: number): { reads: Range[]; writ
     return { space, start, end: start + (space === "slot" ? 1 : bytes) };
   };
   const all = (list: readonly number[]) => list.filter((p) => p !== -1).map((p) => range(p));
+  // The word of a shared part is about all of it.
+  const exchanged = ({ place, operand, bytes }: Op<"send" | "receive">) =>
+    operand.kind === "param" ? range(place) : range(place, 0, bytes);
   let reads: Range[] = [];
   let writes: Range[] = [];
   let inPlace: Range[] = [];
@@ -162,9 +166,9 @@ function accesses(facts: Facts, tape: Tape, now: number): { reads: Range[]; writ
     case "coefficient":
       break;
     case "send":
-      return { reads: [range(i.place, 0, i.bytes)], writes: [] };
+      return { reads: [exchanged(i)], writes: [] };
     case "receive":
-      return { reads: [], writes: [range(i.place, 0, i.bytes)] };
+      return { reads: [], writes: [exchanged(i)] };
     case "pack":
       reads = all(i.sums);
       writes = [range(i.to)];

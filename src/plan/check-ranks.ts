@@ -1,10 +1,11 @@
 /**
  * Proves the tapes of all ranks together, each of which the checker has proved by itself: the k-th send from one rank to
  * another is what the other's k-th receive says, all have the same blocks and rules, and no order in which queues may run
- * leaves them waiting for each other (play-ranks.ts).
+ * leaves them waiting for each other (play-ranks.ts), and none writes shared host memory that another reads (check-shared.ts).
  */
 import type { Graph } from "../graph/types.js";
 import { nameOf, type Op, refuse } from "./check-facts.js";
+import { checkSharedHost } from "./check-shared.js";
 import { checkTape } from "./checker.js";
 import { playRanks } from "./play-ranks.js";
 import type { Tape } from "./types.js";
@@ -28,6 +29,7 @@ export function checkRanks(graph: Graph, tapes: readonly Tape[], flushes?: reado
   }
   for (const from of tapes.keys()) for (const to of tapes.keys()) if (from !== to) checkPair(tapes, from, to);
   playRanks(tapes);
+  checkSharedHost(tapes);
 }
 
 const exchanges = (tape: Tape, op: Exchange["op"], peer: number): [at: number, i: Exchange][] =>

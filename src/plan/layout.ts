@@ -15,7 +15,7 @@
  * Shards (ZeRO, arXiv 1910.02054; FSDP, arXiv 2304.11277): the rooms of all owned tensors, one behind the other, are cut
  * into S parts of equally many elements, a multiple of 256 (the last has what is left), so a tensor may be cut and its 8-bit
  * blocks are not. A rank's param, state, retained and reduced have the rooms of its own part only; compute has all, to the
- * byte.
+ * byte. In shared host memory the params of all shards lie one behind the other, each rounded up to whole pages.
  */
 import { StromaError } from "../errors.js";
 import type { Graph } from "../graph/types.js";
@@ -53,6 +53,16 @@ export interface BlockLayout {
   partialBytes(dtype: GradientDType): number;
   /** Elements that shard k of `shards` has in compute and in partial. */
   shard(k: number): { compute: Range; partial: Range };
+  /** Param of shard k, and where it lies in shared host memory. */
+  slab(k: number): Slab;
+}
+
+/** Bytes: from the first shard's on, of its whole pages, of its elements, and what of paramBytes an update changes. */
+export interface Slab {
+  at: number;
+  paramBytes: number;
+  heldBytes: number;
+  trainableBytes: number;
 }
 
 /** Elements [begin, end). */
@@ -90,7 +100,16 @@ export function blockLayouts(graph: Graph, format: StateFormat, stages?: Stages)
       const range = (end: number): Range => ({ begin: Math.min(k * each, end), end: Math.min((k + 1) * each, end) });
       return { compute: range(whole), partial: range(trained) };
     };
-    const mine = shard(stages === undefined ? 0 : shardOf(stages));
+    const slab = (k: number): Slab => {
+      const bytes = ({ begin, end }: Range) => (end - begin) * stored;
+      const paramBytes = (j: number) => roundUp(bytes(shard(j).compute), PAGE);
+      const at = Array.from({ length: k }, (_, j) => paramBytes(j)).reduce((sum, n) => sum + n, 0);
+      const { compute, partial } = shard(k);
+      const trainableBytes = roundUp(bytes(partial), PAGE);
+      return { at, paramBytes: paramBytes(k), heldBytes: bytes(compute), trainableBytes };
+    };
+    const own = stages === undefined ? 0 : shardOf(stages);
+    const [mine, { paramBytes, trainableBytes }] = [shard(own), slab(own)];
     const trainable = pieces(ownedTrainable, 0, mine.compute);
     const frozen = pieces(ownedFrozen, trained, mine.compute);
     const master = { none: 0, split16: 2, float32: 4 }[format.masterWeight];
@@ -103,8 +122,8 @@ export function blockLayouts(graph: Graph, format: StateFormat, stages?: Stages)
       trainable: elements(trainable),
       frozen: elements(frozen),
       used,
-      paramBytes: roundUp((mine.compute.end - mine.compute.begin) * stored, PAGE),
-      trainableBytes: roundUp((mine.partial.end - mine.partial.begin) * stored, PAGE),
+      paramBytes,
+      trainableBytes,
       computeBytes:
         shards > 1
           ? whole * dtypeBytes(dtype)
@@ -119,6 +138,7 @@ export function blockLayouts(graph: Graph, format: StateFormat, stages?: Stages)
       sumsArePartial: uses.every((p) => p.owner === b || !p.trainable),
       partialBytes: (kind) => roundUp(trained * dtypeBytes(kind), PAGE),
       shard,
+      slab,
       retainedBytes(kind) {
         const each = (n: number) =>
           kind === "dynamic8"

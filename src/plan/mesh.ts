@@ -16,6 +16,9 @@ export const replicaOf = (stages: Stages, rank = stages.rank): number =>
   Math.floor(memberOf(stages, rank) / shardsOf(stages));
 export const rankAt = (stages: Stages, stage: number, member: number): number => stage * membersOf(stages) + member;
 
+/** Whether the ranks of a replica read parameters from host memory that they have in common. */
+export const sharesHost = (stages?: Stages): boolean => stages?.sharedHost === true && shardsOf(stages) > 1;
+
 /** Ranks that share each row. */
 export const sharersOf = (stages?: Stages): number => stages?.context ?? 1;
 /** Groups of members that have micro-batches of their own. */

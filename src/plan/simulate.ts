@@ -120,12 +120,17 @@ function boundBy(busy: Record<Queue, number>, memorySeconds: number): BoundBy {
 export interface TapePeaks {
   /** Arena, slots and what libtorch holds, at the highest. */
   deviceBytes: number;
+  /** Of what ranks share, the rank's own part. */
   hostBytes: number;
   diskBytes: number;
   /** Of deviceBytes: the arena; and of what is beside it, the highest. */
   arenaBytes: number;
   workspaceBytes: number;
 }
+
+/** Bytes of shared host memory that are the rank's own part. */
+export const sharedPart = ({ placement }: Tape): number =>
+  placement.homes.reduce((sum, { param }) => sum + (param?.space === "shared" ? param.bytes : 0), 0);
 
 /** Bytes that carrying out a tape takes. `dims` as in `simulate`. */
 export function tapePeaks(
@@ -152,7 +157,7 @@ export function tapePeaks(
   }
   return {
     deviceBytes: arenas.deviceBytes + workspaceBytes,
-    hostBytes: arenas.hostBytes,
+    hostBytes: arenas.hostBytes + sharedPart(tape),
     diskBytes: arenas.diskBytes,
     arenaBytes: arenas.deviceBytes,
     workspaceBytes,

@@ -14,7 +14,8 @@
  *   partial(b)       with shards: gradient of b's owned parameters by this rank's micro-batches, as wide as what travels.
  *   reduced(b)       with shards: the rank's shard of the gradient by the micro-batches of all ranks of the stage.
  *   retained(b)      gradient of b's owned parameters kept for an update in the next step, in its own dtype.
- * With shards param, state and retained are the rank's own shard.
+ * With shards param, state and retained are the rank's own shard. With shared host memory those parts of param whose home
+ * is the host lie beside each other where all ranks of a replica read them, and each rank writes its own.
  *   x(b, o, m)       boundary: output o of block b for micro-batch m.
  *   dx(b, o, m)      its gradient.
  * A block may use parameters that an earlier block owns (tied weights): its passes then read several param(owner). Where
@@ -53,10 +54,11 @@ export type MasterWeight = "none" | "split16" | "float32";
 
 /**
  * device: the accelerator's memory (plain memory of this process on the CPU). host: pinned memory beside a device.
- * disk: a file. slot: a numbered tensor that libtorch allocates on the device when it is written, of whatever size;
+ * shared: pinned memory that the ranks of a replica, on one machine, have in common: one arena for all of them, with the
+ * same offsets. disk: a file. slot: a numbered tensor that libtorch allocates on the device when it is written, of whatever size;
  * `offset` is its number and `bytes` 0. Slots serve resident runs whose micro-batches have sizes of their own.
  */
-export type Space = "device" | "host" | "disk" | "slot";
+export type Space = "device" | "host" | "shared" | "disk" | "slot";
 export interface Place {
   space: Space;
   /** Bytes from the start of the space's arena: a multiple of 256; of 4,096 on disk and for what is moved to or from it. */
@@ -66,7 +68,7 @@ export interface Place {
 /** Index into Tape.places; -1: no operand. */
 export type P = number;
 
-/** in: host to device. out: device to host. load: disk to host. save: host to disk. */
+/** in: host (or shared) to device. out: device to host (or shared). load: disk to host. save: host to disk. */
 export type CopyQueue = "in" | "out" | "load" | "save";
 /** send, receive: to and from other ranks. */
 export type Queue = "compute" | CopyQueue | "send" | "receive";
@@ -89,6 +91,12 @@ export interface Stages {
   replicas?: number;
   /** Ranks that share rows: a divisor of shards x replicas. The graph is then one of a context. Default 1. */
   context?: number;
+  /**
+   * The ranks of every replica are on one machine, and parts of parameters whose home is the host lie in memory that they
+   * share: a rank fetches all parts of a block from there instead of receiving them. Ranks that share memory begin a step
+   * when all of them have ended the one before.
+   */
+  sharedHost?: true;
 }
 
 export interface Boundary {
@@ -97,7 +105,8 @@ export interface Boundary {
   output: number;
   microBatch: number;
 }
-export type Operand = { kind: "param" | "state" | "retained"; block: number } | Boundary;
+/** `shard`: another rank's part of param, in shared host memory; absent: the rank's own. */
+export type Operand = { kind: "param" | "state" | "retained"; block: number; shard?: number } | Boundary;
 /**
  * What stages exchange that use one parameter (tied embeddings), once a step: what passes read of the owner's parameters,
  * compute(block) or, where there is none, param(block); and the sums of another stage's block that uses them, which go
@@ -106,9 +115,10 @@ export type Operand = { kind: "param" | "state" | "retained"; block: number } | 
 export type Tied = { kind: "param" | "compute" | "sums"; block: number };
 /**
  * What ranks of one stage exchange: a shard of compute(block); a shard of a rank's own gradient (`of`: the member of the
- * stage whose it is); a shard of the gradient summed over the shards' ranks (`of`: the replica).
+ * stage whose it is); a shard of the gradient summed over the shards' ranks (`of`: the replica). updated: the word that
+ * its owner has updated a shard in shared host memory: one byte travels, and what is received is what lies there.
  */
-export type Shard = { kind: "compute" | "partial" | "reduced"; block: number; shard: number; of: number };
+export type Shard = { kind: "compute" | "partial" | "reduced" | "updated"; block: number; shard: number; of: number };
 
 /**
  * Positions of instructions on *other* queues that must have completed before this one begins. Instructions of one
@@ -151,8 +161,8 @@ export type Instruction = Waiting &
         sums: P;
         first: boolean;
       }
-    /** param(block) -> compute(block), in the graph's dtype. */
-    | { op: "cast"; block: number; from: P; to: P }
+    /** param(block), or another `shard` of it, -> compute(block), in the graph's dtype. */
+    | { op: "cast"; block: number; from: P; to: P; shard?: number }
     /**
      * The sums of block's owned parameters: `sums[i]` are those of the i-th of `usersOf(graph, block)`. Tied uses are
      * added once, here, into the first user's. Writes the block's partial norms.
@@ -201,13 +211,20 @@ export interface Arenas {
   deviceBytes: number;
   hostBytes: number;
   diskBytes: number;
+  /** With shared host memory. */
+  sharedBytes?: number;
 }
 
 /** Where the state of every block lives between steps; the same in every tape of a session. */
 export interface Placement {
   arenas: Arenas;
   /** By block; null where the block (with shards: this one) has no parameter, state: none that is trainable. */
-  homes: { param: Place | null; state: Place | null }[];
+  homes: {
+    param: Place | null;
+    state: Place | null;
+    /** Where the parts of all shards lie one behind the other (BlockLayout.slab); param is one of them, if any. */
+    shared?: Place;
+  }[];
   /** With ranks. */
   stages?: Stages;
 }

@@ -73,7 +73,8 @@ export function accesses(i: Instruction, places: readonly Place[], see: See): vo
       break;
     case "send":
     case "receive":
-      see(i.place, i.op === "receive", 0, i.bytes);
+      // What is shared changes with the word of it.
+      see(i.place, i.op === "receive", 0, i.operand.kind === "updated" ? places[i.place]!.bytes : i.bytes);
       break;
     case "report":
     case "agree":
@@ -91,6 +92,7 @@ export function deriveWaits(instructions: readonly Instruction[], places: readon
   const spaces: Record<Space, Ranges> = {
     device: new Ranges(Q),
     host: new Ranges(Q),
+    shared: new Ranges(Q),
     disk: new Ranges(Q),
     slot: new Ranges(Q),
   };

@@ -16,10 +16,11 @@ import { Flow } from "./flow.js";
 import { type BlockLayout, blockLayouts, PAGE, roundUp } from "./layout.js";
 import { links } from "./links.js";
 import { pushAt } from "./lists.js";
-import { batchesOf, membersOf, shardsOf } from "./mesh.js";
+import { batchesOf, membersOf, shardsOf, sharesHost } from "./mesh.js";
 import { checkPolicy, homeOf, type Policy } from "./policy.js";
 import { keptOf } from "./selective.js";
 import { Sharding } from "./sharding.js";
+import { SharedHost } from "./shared-host.js";
 import type { Boundary, CopyQueue, Instruction, Operand, P, Placement, Shard, Tape, Tied } from "./types.js";
 import { flushVisits, type Pass, type Visit, visitsOf } from "./visits.js";
 import { accesses, deriveWaits } from "./waits.js";
@@ -81,6 +82,8 @@ class Writer {
   private readonly wide: "float32" | "float64";
   /** Null: a rank has the whole of its blocks. */
   private readonly sharding: Sharding | null;
+  /** Null: parts of parameters go from rank to rank. */
+  private readonly shared: SharedHost | null;
   /** Visits between what is gathered or reduced and its use. */
   private readonly lead: number;
   /** The first micro-batch of this rank. */
@@ -101,10 +104,14 @@ class Writer {
       stages === undefined || membersOf(stages) === 1
         ? null
         : new Sharding(flow.graph, stages, layouts, this.wide, policy.reduceDType ?? this.wide, this);
+    this.shared = sharesHost(stages) ? new SharedHost(flow.graph, stages!, layouts, policy.state.storage, this) : null;
     this.lead = this.sharding === null ? 0 : Math.min(1, policy.prefetch);
     for (const [b, layout] of layouts.entries()) {
       const mine = flow.isMine(b);
-      this.homes.param[b] = this.home(policy.param, b, mine ? layout.paramBytes : 0);
+      this.homes.param[b] =
+        this.shared !== null && mine && homeOf(policy.param, b) === "host"
+          ? this.shared.home(b)
+          : this.home(policy.param, b, mine ? layout.paramBytes : 0);
       this.homes.state[b] = this.home(policy.optimizer, b, mine ? layout.stateBytes : 0);
     }
     // Behind all other homes: a retained gradient exists only with update "forward".
@@ -196,7 +203,9 @@ class Writer {
       const fromDisk = this.buffers.list[home]!.space === "disk";
       const lead = prefetch + (fromDisk ? 1 : 0);
       const stay = stays.get(`${kind} ${block}`);
-      if (stay !== undefined && v - stay.last <= Math.max(1, lead)) {
+      // What is cast ahead of its visit and updated behind it is fetched once for both.
+      const near = Math.max(1, lead) + (kind === "param" ? this.lead : 0);
+      if (stay !== undefined && v - stay.last <= near) {
         stay.last = v;
         return;
       }
@@ -288,8 +297,13 @@ class Writer {
     for (const stay of this.ins[v] ?? []) begin(stay, this.fetch(stay));
     if (passes.length === 0) this.emitCopies(ahead);
     const behind: Copy[] = [];
-    for (const b of pending) behind.push(...this.update(b, "retained"));
-    for (const b of this.castsAt[v] ?? []) this.cast(b);
+    for (const b of pending) behind.push(...this.pending(b, passes.length > 0));
+    for (const b of this.castsAt[v] ?? []) {
+      const copies = this.cast(b);
+      if (this.casts[v]!.includes(b)) this.emitCopies(copies);
+      else ahead.push(...copies);
+    }
+    for (const b of this.casts[v] ?? []) this.shared?.cast(b);
     for (const [i, pass] of passes.entries()) {
       this.emitCopies(share(ahead, i, passes.length));
       this.emitCopies(share(behind, i, passes.length));
@@ -361,12 +375,27 @@ class Writer {
     return this.sharding === null ? this.flow.users[b]!.map((u) => this.sums[u]!) : [this.sharding.reduced[b]!];
   }
 
-  private cast(b: number): void {
+  /** Where host memory is shared, the copies that bring the others' parts. */
+  private cast(b: number): Copy[] {
     const whole = this.buffers.transient("device", this.layouts[b]!.computeBytes, "large");
     this.compute[b] = whole;
     const from = this.here.param[b]!;
+    if (this.shared?.whole(b) !== undefined)
+      return this.shared
+        .gather(b, from, whole)
+        .flatMap(({ shard, from, to, bytes }) => this.cut("in", { kind: "param", block: b, shard }, from, to, bytes));
     if (shardsOf(this.policy.stages) > 1) this.sharding!.gather(b, from, whole);
     else this.emit({ op: "cast", block: b, from, to: whole, waits: [] });
+    return [];
+  }
+
+  /** What the last step retained of a block's gradient is carried out. In a step the others may want its part at once. */
+  private pending(b: number, inStep: boolean): Copy[] {
+    const copies = this.update(b, "retained");
+    if (!inStep || this.shared?.whole(b) === undefined) return copies;
+    this.emitCopies(copies.filter(({ operand }) => operand.kind === "param"));
+    this.shared.publish(b);
+    return copies.filter(({ operand }) => operand.kind !== "param");
   }
 
   /** Emits the update; the copies that bring param and state home. */
@@ -412,14 +441,15 @@ class Writer {
     if (this.onDevice(home)) return [];
     const operand = { kind, block };
     const from = this.here[kind][block]!;
-    if (this.buffers.list[home]!.space === "host") return this.cut("out", operand, from, home, bytes);
+    if (this.buffers.list[home]!.space !== "disk") return this.cut("out", operand, from, home, bytes);
     const staging = this.buffers.transient("host", bytes, "large");
     return [...this.cut("out", operand, from, staging, bytes), ...this.cut("save", operand, staging, home, bytes)];
   }
 
   /** One copy in at most `parts` page-aligned ranges. */
   private cut(queue: CopyQueue, operand: Operand, from: P, to: P, bytes: number): Copy[] {
-    const size = roundUp(bytes / this.policy.parts, PAGE);
+    const whole = "shard" in operand ? bytes * shardsOf(this.policy.stages) : bytes;
+    const size = roundUp(whole / this.policy.parts, PAGE);
     const copies: Copy[] = [];
     for (let at = 0; at < bytes; at += size)
       copies.push({ queue, operand, from, to, at, bytes: Math.min(size, bytes - at) });
@@ -442,8 +472,17 @@ class Writer {
     deriveWaits(this.instructions, places);
     const at = (p: P) => (p < 0 ? null : places[index[p]!]!);
     const placement: Placement = {
-      arenas: { deviceBytes: used.device, hostBytes: used.host, diskBytes: used.disk },
-      homes: this.layouts.map((_, b) => ({ param: at(this.homes.param[b]!), state: at(this.homes.state[b]!) })),
+      arenas: {
+        ...{ deviceBytes: used.device, hostBytes: used.host, diskBytes: used.disk },
+        ...(used.shared > 0 ? { sharedBytes: used.shared } : {}),
+      },
+      homes: this.layouts.map((_, b) => {
+        const whole = this.shared?.whole(b);
+        return {
+          ...{ param: at(this.homes.param[b]!), state: at(this.homes.state[b]!) },
+          ...(whole === undefined ? {} : { shared: at(whole)! }),
+        };
+      }),
       ...(stages === undefined ? {} : { stages }),
     };
     return {

@@ -68,6 +68,18 @@ export function holdings(
   };
   for (const space of ["device", "host", "disk"] as const) arenaHoldings(tape, uses, space, add);
   slotHoldings(graph, tape, dims, add);
+  // Of host memory that ranks share, the rank's own part.
+  for (const [block, { param }] of tape.placement.homes.entries())
+    if (param?.space === "shared")
+      add({
+        space: "host",
+        kind: "parameters",
+        block,
+        bytes: param.bytes,
+        from: -1,
+        to: tape.instructions.length,
+        uses: [],
+      });
   return [...found.values()];
 }
 
@@ -146,13 +158,17 @@ class Uses {
         break;
       case "copy": {
         const { kind, block } = i.operand;
+        // Another rank's part may come straight to where the block computes.
+        const others = !("output" in i.operand) && i.operand.shard !== undefined;
+        const held = others && this.tape.state.storage === this.graph.dtype ? "compute" : KIND_OF[kind];
         see(i.from, "read", KIND_OF[kind], block, i.at, i.bytes);
-        see(i.to, "write", KIND_OF[kind], block, i.at, i.bytes);
+        see(i.to, "write", held, block, i.at, i.bytes);
         break;
       }
       case "send":
       case "receive": {
         const { kind, block } = i.operand;
+        if (kind === "updated") break;
         const held = kind === "x" || kind === "dx" ? "boundaries" : SENT[kind];
         see(i.place, i.op === "send" ? "read" : "write", held, block, 0, i.bytes);
         break;

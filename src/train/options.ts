@@ -9,6 +9,7 @@ import {
   type DeviceChoice,
   type DeviceOption,
 } from "../device.js";
+import { SHARED_HOST, type SharedHostMode } from "../distributed/shared-host.js";
 import { TRANSPORTS } from "../distributed/transport.js";
 import { invalidArgument, StromaError } from "../errors.js";
 import { type AdamWOptions, resolveAdamW } from "../optim/adamw.js";
@@ -98,6 +99,11 @@ export interface TrainerOptions extends MemoryOptions {
   context?: number;
   /** What gradients travel as between ranks that share blocks. Default: float32, as they are summed. */
   reduceDtype?: "float32" | "bfloat16";
+  /**
+   * Ranks on one machine that share the state of blocks (`shards`) read parameters whose home is the host from memory that
+   * they have in common, and send none of them. Default "auto": where that can be and the device has memory of its own.
+   */
+  sharedHost?: SharedHostMode;
   /** How ranks exchange. Default "nccl" where each has a card of its own and the build has NCCL, else "gloo". */
   transport?: Transport;
   /** What blocks compute in. Default: as `precision` says, "float32". */
@@ -175,7 +181,7 @@ const NAMES = [
   ...["sequenceLength", "learningRate", "learningRateSchedule", "weightDecay", "adamw", "maxGradNorm", "seed"],
   ...["outputDir", "logEveryNSteps", "saveEveryNSteps", "saveEveryNEpochs", "evalEveryNSteps", "evalMicroBatches"],
   ...["sampleEveryNSteps", "samplePrompts", "sampleTokens", "keepLast", "resume", "device", "dtype", "threads"],
-  ...["ranks", "stages", "shards", "replicas", "context", "reduceDtype", "transport"],
+  ...["ranks", "stages", "shards", "replicas", "context", "reduceDtype", "sharedHost", "transport"],
   ...["order", "recompute", "nonFinite", "profileMemory", "onEvent"],
   ...MEMORY_NAMES,
 ];
@@ -250,6 +256,7 @@ export function resolveOptions(options: TrainerOptions, choose: ChooseDevice = c
     ranks: o.ranks ?? null,
     stages: o.stages === undefined ? null : oneOf(o.stages, STAGE_RULES, "stages"),
     ...shared,
+    sharedHost: oneOf(o.sharedHost ?? "auto", SHARED_HOST, "sharedHost"),
     transport: o.transport === undefined ? null : oneOf(o.transport, TRANSPORTS, "transport"),
     threads: whole(o.threads ?? 0, "threads", 0, MAX_THREADS),
     profileMemory:
@@ -338,6 +345,7 @@ export function savedOptions(
     device: _device,
     deviceReason: _reason,
     deviceAsked: device,
+    sharedHost: _sharedHost,
     ...kept
   } = o;
   const { steps, epochs, maxGradNorm, ...rest } = kept;

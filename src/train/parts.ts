@@ -23,7 +23,8 @@ export interface Parts {
   chooseDevice: ChooseDevice;
   computeDType(device: SessionOptions["device"]): Promise<ComputeDType>;
   resources(options: SettledOptions): Promise<Resources>;
-  plan(graph: Graph, options: SettledOptions, resources: Resources): Promise<TrainingPlan>;
+  /** sharesHost: ranks read parameters from host memory that they have in common. */
+  plan(graph: Graph, options: SettledOptions, resources: Resources, sharesHost: boolean): Promise<TrainingPlan>;
   context(graph: Graph, options: SettledOptions, resources: Resources): Promise<ContextOptions | null>;
 }
 
@@ -39,7 +40,8 @@ export const realParts: Parts = {
   chooseDevice,
   computeDType: async (device) => (await import("./compute-dtype.js")).chooseComputeDType(device),
   resources: async (options) => (await import("./resources.js")).detectResources(options),
-  plan: async (graph, options, resources) => (await import("./plan.js")).planTraining(graph, options, resources),
+  plan: async (graph, options, resources, sharesHost) =>
+    (await import("./plan.js")).planTraining(graph, options, resources, sharesHost),
   context: async (graph, options, resources) => (await import("./plan.js")).contextFor(graph, options, resources),
 };
 

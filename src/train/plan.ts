@@ -86,17 +86,19 @@ export function contextFor(graph: Graph, o: SettledOptions, resources = detectRe
 }
 
 /**
- * Throws CONFIG where the model's sizes are not known that a plan needs, OUT_OF_MEMORY for what does not fit, saying by how
- * much and what would do.
+ * sharesHost: ranks that share the state of blocks read parameters from host memory that they have in common. Throws CONFIG
+ * where the model's sizes are not known that a plan needs, OUT_OF_MEMORY for what does not fit, saying by how much and what
+ * would do.
  */
 export function planTraining(
   graph: Graph,
   options: SettledOptions,
   resources: Resources = detectResources(options),
+  sharesHost = false,
 ): TrainingPlan {
   checkSize(graph);
   const dims = dimsOf(graph, options);
-  const { policy, graph: planned, merged, fused } = choosePolicy(graph, options, resources, dims);
+  const { policy, graph: planned, merged, fused } = choosePolicy(graph, options, resources, dims, sharesHost);
   const whole = writeTape(planned, policy);
   const placement = roomFor(planned, policy, whole.step.placement, options.epochs !== null);
   const known = new Map<number, StepTapes>();
@@ -143,7 +145,7 @@ export function planTraining(
   const { least, unit } = countsOf(policy);
   const padded = (count: number) => roundUp(Math.max(count, least), unit);
   const guess = resources.guess === null ? "" : ` (${resources.guess})`;
-  const summary = summarize(facts, predicted, options, policy.stages) + guess;
+  const summary = summarize(facts, predicted, options, placement) + guess;
   return { graph: planned, placement, facts, summary, predicted, predict, padded, tapes };
 }
 
@@ -203,6 +205,7 @@ function choosePolicy(
   o: SettledOptions,
   resources: Resources,
   dims: Record<string, number> | null,
+  sharesHost: boolean,
 ): Chosen {
   checkMembers(o);
   const merged = o.layersPerBlock ?? 1;
@@ -215,7 +218,7 @@ function choosePolicy(
     clip: o.clip,
     state: stateFormat(o),
   });
-  if (o.ranks !== null) return amongRanks(graph, { ...alone, policy: resident }, o, resources, dims);
+  if (o.ranks !== null) return amongRanks(graph, { ...alone, policy: resident }, o, resources, dims, sharesHost);
   if (o.plan === "resident") return { ...alone, policy: resident };
   if (dims === null) throw unknownSizes(graph);
   if (o.plan === null) return { ...alone, policy: streamed(resident, o.offload as "host" | "disk", o, dims) };
@@ -267,6 +270,7 @@ function amongRanks(
   o: SettledOptions,
   resources: Resources,
   dims: Record<string, number> | null,
+  sharesHost: boolean,
 ): Chosen {
   if (dims === null) throw unknownSizes(graph);
   const { rank, size: ranks } = o.ranks!;
@@ -275,7 +279,8 @@ function amongRanks(
   const of = assignStages(alone.graph, ranks / (shards * replicas), o.stages ?? "alternating");
   const shared = { shards, replicas };
   const rows = o.context > 1 ? { context: o.context } : {};
-  const stages = { rank, ranks, of, ...(shards * replicas > 1 ? shared : {}), ...rows };
+  const host = sharesHost && shards > 1 ? ({ sharedHost: true } as const) : {};
+  const stages = { rank, ranks, of, ...(shards * replicas > 1 ? shared : {}), ...rows, ...host };
   const reduced = o.reduceDtype === null ? {} : { reduceDType: o.reduceDtype };
   const asked = (policy: Policy): Chosen => ({ ...alone, policy: { ...policy, stages, ...reduced } });
   if (o.plan === null) return asked(streamed(resident, o.offload as "host" | "disk", o, dims));
@@ -295,6 +300,7 @@ function amongRanks(
     stages: o.stages ?? undefined,
     // What is not said is the planner's to choose.
     shards: o.shards ?? undefined,
+    sharedHost: sharesHost,
     recompute: o.recompute ?? undefined,
     layersPerBlock: o.layersPerBlock ?? undefined,
   };
@@ -452,13 +458,20 @@ function countsOf({ schedule, stages }: Policy): { least: number; unit: number }
   return { least: least * turns, unit: least * turns };
 }
 
-function summarize(f: PlanFacts, predicted: TrainingPlan["predicted"], o: SettledOptions, stages?: Stages): string {
+function summarize(
+  f: PlanFacts,
+  predicted: TrainingPlan["predicted"],
+  o: SettledOptions,
+  placement: Placement,
+): string {
+  const { stages } = placement;
+  const shared = placement.arenas.sharedBytes !== undefined;
   const order = f.order === "breadthFirst" ? "breadth-first" : "depth-first";
   const where = {
     none: "all on the device",
-    host: "state in host memory",
+    host: `state in host memory${shared ? ", parameters where its ranks share it" : ""}`,
     disk: "state on disk",
-    auto: "chosen for the budgets",
+    auto: `chosen for the budgets${shared ? ", parameters in host memory that ranks share" : ""}`,
   }[o.offload];
   const parts = [
     ...(stages === undefined ? [] : [`rank ${stages.rank} of ${stages.ranks}, ${meshText(o, stages)}`]),

@@ -3,6 +3,7 @@ import { createRequire } from "node:module";
 import { type Checkpoint, readGraph, restoreSession } from "../checkpoint/read.js";
 import type { Dataset } from "../data/types.js";
 import { agreeOn } from "../distributed/ranks.js";
+import { agreeOnSharedHost, machineFacts } from "../distributed/shared-host.js";
 import { agreeOnTransport } from "../distributed/transport.js";
 import { StromaError } from "../errors.js";
 import { GENERATE, type TextModel } from "../generate/generate.js";
@@ -61,7 +62,13 @@ export async function openTrainingSession(
   const context = await parts.context(graph, options, resources);
   // Attention over the shares of rows is another program; the model, its parameters and its checkpoints are the same.
   const trained = context === null ? graph : model.graph("train", options.dtype, context);
-  const plan = await parts.plan(trained, options, resources);
+  const sharesHost = await sharedHostOf(options, ranks);
+  const plan = await parts.plan(trained, options, resources, sharesHost);
+  if (options.sharedHost === "on" && plan.placement.arenas.sharedBytes === undefined)
+    throw new StromaError(
+      "CONFIG",
+      `[trainer] sharedHost "on": no parameters live in host memory. Say offload "host", or leave sharedHost out`,
+    );
   const versions = {
     stromatolite: packageVersion(),
     libtorch: await parts.libtorchVersion(),
@@ -110,6 +117,18 @@ export async function openTrainingSession(
     await session.dispose();
     throw error;
   }
+}
+
+/** What ranks that share the state of a block do with host memory. */
+async function sharedHostOf({ sharedHost, device, shards, plan }: SettledOptions, ranks: NativeRanks | null) {
+  if (ranks !== null)
+    // The planner's choice is of one and all.
+    return agreeOnSharedHost(ranks, machineFacts(sharedHost, device), shards ?? (plan === "auto" ? ranks.size : 1));
+  if (sharedHost !== "on") return false;
+  throw new StromaError(
+    "CONFIG",
+    '[trainer] sharedHost "on" is for several ranks, and this is one alone: leave it out',
+  );
 }
 
 function sessionOptions(options: SettledOptions, outputDir: string): SessionOptions {

@@ -6,10 +6,11 @@ import { checkRanks } from "../../src/plan/check-ranks.js";
 import { ownersOf } from "../../src/plan/layout.js";
 import type { Policy } from "../../src/plan/policy.js";
 import { assignStages, stretchesOf } from "../../src/plan/stages.js";
-import type { Stages } from "../../src/plan/types.js";
+import type { Stages, Tape } from "../../src/plan/types.js";
 import { writeTape } from "../../src/plan/write-tape.js";
 import type { NativeRanks, SessionOptions } from "../../src/train/native-session.js";
 import { bytesOf, type LawCase, type Outcome } from "./offload-case.js";
+import { trafficDifferences } from "./trial.js";
 
 export function freePort(): Promise<number> {
   return new Promise((done, fail) => {
@@ -78,7 +79,24 @@ export const plansOf = (c: LawCase, policy: Policy, size: number, stages: Omit<S
     writeTape(c.graph, { ...policy, stages: { ...stages, rank, ranks: size } }),
   );
 
-/** What all ranks hold after the steps; each rank's results must be those of rank 0. */
+export interface RankOutcome extends Outcome {
+  others: Outcome["results"][];
+  /** Bytes that each rank sent in its last step, and that its tape says. */
+  sent: number[];
+  planned: number[];
+  /** What ranks moved to and from their devices and disks otherwise than their tapes say. */
+  traffic: string[];
+}
+
+interface Given {
+  plans?: ReturnType<typeof plansOf>;
+  plant?: ((steps: Tape[]) => void) | undefined;
+}
+
+/**
+ * What all ranks hold after the steps; each rank's results must be those of rank 0. `plans`: other than the policy's.
+ * `plant`: a fault in the tapes, which are then not proved.
+ */
 export async function trainRanks(
   native: NativeAddon,
   ranks: readonly NativeRanks[],
@@ -86,13 +104,16 @@ export async function trainRanks(
   c: LawCase,
   policy: Policy,
   stages: Omit<Stages, "rank" | "ranks">,
-  plans = plansOf(c, policy, ranks.length, stages),
-): Promise<Outcome & { sent: number[]; planned: number[]; results: Outcome["results"]; others: Outcome["results"][] }> {
-  checkRanks(
-    c.graph,
-    plans.map((p) => p.step),
-    plans.flatMap((p) => (p.flush === null ? [] : [p.flush])),
-  );
+  { plans = plansOf(c, policy, ranks.length, stages), plant }: Given = {},
+): Promise<RankOutcome> {
+  const steps = plans.map((p) => p.step);
+  if (plant !== undefined) plant(steps);
+  else
+    checkRanks(
+      c.graph,
+      steps,
+      plans.flatMap((p) => (p.flush === null ? [] : [p.flush])),
+    );
   const run = async (r: NativeRanks) => {
     const plan = plans[r.rank]!;
     const session = native.createSession({ ...options, ranks: r });
@@ -121,6 +142,9 @@ export async function trainRanks(
     others: outcomes.slice(1).map((o) => o.results),
     state: assemble(outcomes.flatMap((o) => o.state)),
     sent: outcomes.map((o) => o.results.at(-1)!.bytesSent),
+    traffic: outcomes.flatMap((o, rank) =>
+      trafficDifferences({ ...o, state: new Map() }, steps[rank]!).map((d) => `rank ${rank}: ${d}`),
+    ),
     planned: plans.map((p) => p.step.instructions.reduce((n, i) => n + (i.op === "send" ? i.bytes : 0), 0)),
   };
 }

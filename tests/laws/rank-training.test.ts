@@ -103,9 +103,18 @@ describe.skipIf(!native)("ranks", () => {
   test.each([
     [3, { shards: 3 }],
     [3, { replicas: 3, device: "sim", offload: "host" }],
+    [3, { shards: 3, device: "sim", offload: "host", sharedHost: "on" }],
+    [3, { shards: 3, device: "sim", offload: "host", sharedHost: "off" }],
+    [
+      3,
+      {
+        ...{ shards: 3, device: "sim", offload: "host", sharedHost: "on" },
+        ...{ optimizer: "adamw8bit", precision: "bfloat16", update: "forward" },
+      },
+    ],
     [3, { shards: 3, device: "sim", offload: "disk", optimizer: "adamw8bit", precision: "bfloat16" }],
   ] as [number, Partial<TrainerOptions>][])("%i that share the state train what one does: %j", async (size, extra) => {
-    const { device: _, offload: __, shards: ___, replicas: ____, ...same } = extra;
+    const { device: _, offload: __, shards: ___, replicas: ____, sharedHost: _____, ...same } = extra;
     const [one, many] = [folder(`shared-one-${size}-${named(extra)}`), folder(`shared-many-${size}-${named(extra)}`)];
     await using alone = new Trainer({ ...shared, ...same, outputDir: one });
     const expected = await collect(alone);
@@ -137,6 +146,13 @@ describe.skipIf(!native)("ranks", () => {
     values(await runRanks(2, { ...rest, shards: 2, steps: 3, outputDir: halves }));
     values(await runRanks(2, { ...rest, shards: 2, resume: true, outputDir: halves }));
     expect(await tensorsOf(halves)).toEqual(await tensorsOf(straight));
+    // Whether parts are fetched or sent, and in which half of the run, makes no difference.
+    const host = { ...rest, shards: 2, device: "sim", offload: "host" } as const;
+    const fetched = folder("shared-fetched");
+    values(await runRanks(2, { ...host, sharedHost: "on", steps: 3, outputDir: fetched }));
+    values(await runRanks(2, { ...host, sharedHost: "off", steps: 4, resume: true, outputDir: fetched }));
+    values(await runRanks(2, { ...host, resume: true, outputDir: fetched }));
+    expect(await tensorsOf(fetched)).toEqual(await tensorsOf(straight));
     // With as many ranks as micro-batches each order of sums is the same.
     const changing = folder("shared-changing");
     values(await runRanks(3, { ...rest, shards: 3, steps: 2, outputDir: changing }));
@@ -152,14 +168,17 @@ describe.skipIf(!native)("ranks", () => {
   test("that share the state take what is left at the end of the data", async () => {
     // Two micro-batches at the end for three ranks.
     const all = { ...shared, steps: undefined, epochs: 1, data: { source: "planets", count: 70, workers: 0 } as const };
-    const [one, many] = [folder("rest-one"), folder("rest-many")];
+    const [one, many, host] = [folder("rest-one"), folder("rest-many"), folder("rest-host")];
     await using alone = new Trainer({ ...all, outputDir: one });
     const expected = await collect(alone);
     const counts = only(expected, "step").map((e) => e.tokens);
     expect(counts.at(-1)).toBeLessThan(counts[0]!);
-    const [events] = values(await runRanks(3, { ...all, shards: 3, outputDir: many }));
-    expect(only(events!, "step").map((e) => e.loss)).toEqual(only(expected, "step").map((e) => e.loss));
-    expect(await tensorsOf(many)).toEqual(await tensorsOf(one));
+    const shares = { sharedHost: "on", device: "sim", offload: "host" } as const;
+    for (const [outputDir, extra] of [[many, {}] as const, [host, shares] as const]) {
+      const [events] = values(await runRanks(3, { ...all, ...extra, shards: 3, outputDir }));
+      expect(only(events!, "step").map((e) => e.loss)).toEqual(only(expected, "step").map((e) => e.loss));
+      expect(await tensorsOf(outputDir)).toEqual(await tensorsOf(one));
+    }
   });
 
   test.each([

@@ -111,7 +111,7 @@ describe.skipIf(!native)("any number of ranks gives the same numbers", () => {
       expect(comesToAnEnd(tapes.map(handedOutOnTheWay)), "this case shows nothing any more: find another").toBe(false);
       const options = sessionOptions(c, { device: "sim", diskFolder: folder, threads: 1 });
       const label = `seed ${seed}: ${c.label}, ${size} ranks, blocks on ${of}`;
-      const other = await trainRanks(native!, await groups.of(size), options, c, policy, { of }, plans);
+      const other = await trainRanks(native!, await groups.of(size), options, c, policy, { of }, { plans });
       expect(differences(other, await trainResident(native!, c, options.threads)), label).toEqual([]);
     }
   });

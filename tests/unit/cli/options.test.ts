@@ -130,6 +130,7 @@ describe("the options, declared once", () => {
           "--replicas",
           "--context",
           "--reduce-dtype",
+          "--shared-host",
           "--transport",
           "--distributed",
           "--use-8bit-optimizer",

@@ -42,9 +42,26 @@ describe("13 billion parameters over two 24 GB cards and 64 GB, 32 x 1 x 512, ex
     expect(by("contiguous").predictedTokensPerSecond!).toBeLessThan(report.predictedTokensPerSecond / 1.8);
     // It fits as well, and what crosses between the cards costs it the race.
     const sharded = by("sharded data parallel");
-    expect(sharded).toMatchObject({ fits: true, why: expect.stringMatching(/parameters and gradients cross/) });
+    expect(sharded).toMatchObject({
+      fits: true,
+      why: expect.stringMatching(/every card fetches every block, and its gradients cross/),
+    });
     expect(sharded.predictedTokensPerSecond!).toBeGreaterThan(alone);
     expect(report.bubble).toBeLessThan(0.03);
+  });
+
+  it("over cards that share host memory sends gradients alone, and is faster than by messages; the host holds as much", () => {
+    const [shared, sent] = [true, false].map((sharedHost) =>
+      planRanksAuto(astro, { ...request, shards: 2, sharedHost }),
+    );
+    expect([shared!.report.sharedHost, sent!.report.sharedHost]).toEqual([true, false]);
+    expect(shared!.report.peakHostBytes).toBe(sent!.report.peakHostBytes);
+    const gradients = 2 * 2 * 13_147_013_376;
+    const between = [shared!, sent!].map(({ report: r }) => r.bytesBetweenDevicesPerStep / gradients);
+    expect(between[0]).toBeCloseTo(1, 2);
+    expect(between[1]).toBeCloseTo(2, 1);
+    const speed = [shared!, sent!].map(({ report: r }) => r.predictedTokensPerSecond);
+    expect(speed[0]).toBeGreaterThan(1.4 * speed[1]!);
   });
 
   it("writes tapes that the checker proves together", () => {

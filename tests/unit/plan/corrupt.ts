@@ -257,7 +257,7 @@ export const corruptions: Record<string, Corruption> = {
     tape.places[p] = { ...place, offset: place.offset + by };
     const { arenas } = tape.placement;
     const arena = `${place.space}Bytes` as keyof typeof arenas;
-    if (pick(2) === 0) arenas[arena] = Math.max(arenas[arena], place.offset + by + place.bytes);
+    if (pick(2) === 0) arenas[arena] = Math.max(arenas[arena] ?? 0, place.offset + by + place.bytes);
     if (pick(2) === 0) deriveWaits(graph, tape);
     return `place ${p} shifted by ${by}`;
   },

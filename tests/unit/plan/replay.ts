@@ -83,6 +83,7 @@ export class Machine {
   private readonly arenas: Record<Space, Arena> = {
     device: new Arena(),
     host: new Arena(),
+    shared: new Arena(),
     disk: new Arena(),
     slot: new Arena(),
   };

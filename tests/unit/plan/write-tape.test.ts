@@ -112,7 +112,7 @@ function checkPlace({ space, offset, bytes }: Place, { placement: { arenas }, sl
   expect(offset % PAGE).toBe(0);
   expect(bytes % PAGE).toBe(0);
   expect(bytes).toBeGreaterThan(0);
-  expect(offset + bytes).toBeLessThanOrEqual(arenas[`${space}Bytes`]);
+  expect(offset + bytes).toBeLessThanOrEqual(arenas[`${space}Bytes`] ?? 0);
 }
 
 /** Instructions in an order that respects queues and waits, and nothing else. */
