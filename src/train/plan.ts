@@ -453,7 +453,11 @@ function countsOf({ schedule, stages }: Policy): { least: number; unit: number }
 }
 
 function summarize(f: PlanFacts, predicted: TrainingPlan["predicted"], o: SettledOptions, stages?: Stages): string {
-  const order = f.order === "breadthFirst" ? "breadth-first" : "depth-first";
+  const order = {
+    breadthFirst: "breadth-first",
+    depthFirst: "depth-first",
+    oneForwardOneBackward: "one forward, one backward",
+  }[f.order];
   const where = {
     none: "all on the device",
     host: "state in host memory",
