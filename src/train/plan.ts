@@ -466,7 +466,11 @@ function summarize(
 ): string {
   const { stages } = placement;
   const shared = placement.arenas.sharedBytes !== undefined;
-  const order = f.order === "breadthFirst" ? "breadth-first" : "depth-first";
+  const order = {
+    breadthFirst: "breadth-first",
+    depthFirst: "depth-first",
+    oneForwardOneBackward: "one forward, one backward",
+  }[f.order];
   const where = {
     none: "all on the device",
     host: `state in host memory${shared ? ", parameters where its ranks share it" : ""}`,
