@@ -1,5 +1,5 @@
-// What ranks tell each other in a step: losses, norms and failures (all ranks then decide alike), and the boundaries of
-// a forward that runs without a tape.
+// What ranks tell each other in a step: losses, norms and failures (all ranks then decide alike), and the parts of
+// a block that they hold.
 #include <ATen/Functions.h>
 
 #include <algorithm>
@@ -285,107 +285,6 @@ void Executor::meet_sharers() const {
   const at::Tensor mine = at::zeros({1}, at::kByte), theirs = at::empty_like(mine);
   each_peer(stages, stages.replica(),
             [&](int, int peer, bool first) { swap(*spec_.ranks, mine, theirs, peer, first); });
-}
-
-// Of a stage, the member that does what this rank does.
-int Executor::rank_of_owner(int owner) const {
-  const std::optional<Stages>& stages = state_->placement().stages;
-  if (!stages.has_value()) return spec_.ranks ? spec_.ranks->spec().rank : 0;
-  return stages->counterpart(stages->of[owner]);
-}
-
-// By block of a graph that shares the trained one's parameters: the rank that runs it, which is the one with most of
-// its parameters (the last, if several have as much); others lend it theirs. A block without any runs where its first
-// input comes from.
-std::vector<int> Executor::ranks_of_blocks(const LoadedGraph& loaded) const {
-  const std::optional<Stages>& among = state_->placement().stages;
-  const int self = spec_.ranks ? spec_.ranks->spec().rank : 0;
-  std::vector<int> rank_of(loaded.graph.blocks.size(), among.has_value() ? among->counterpart(0) : self);
-  if (!among.has_value()) return rank_of;
-  for (size_t b = 0; b < rank_of.size(); ++b) {
-    if (!loaded.parameters[b].empty()) {
-      std::map<int, int64_t> elements;
-      for (const int index : loaded.parameters[b]) {
-        const ParameterSpec& p = state_->parameters[index].spec;
-        elements[rank_of_owner(p.owner)] += c10::multiply_integers(p.shape);
-      }
-      int64_t most = -1;
-      for (const auto& [rank, n] : elements)
-        if (n >= most) {
-          most = n;
-          rank_of[b] = rank;
-        }
-      continue;
-    }
-    for (const Source& source : loaded.graph.blocks[b].inputs)
-      if (source.block >= 0) {
-        rank_of[b] = rank_of.at(source.block);
-        break;
-      }
-  }
-  return rank_of;
-}
-
-// By block: the ranks that read what it gives, other than its own.
-std::vector<std::vector<char>> Executor::readers(const LoadedGraph& loaded, const std::vector<int>& rank_of) const {
-  const size_t ranks = spec_.ranks ? static_cast<size_t>(spec_.ranks->spec().size) : 1;
-  const Graph& graph = loaded.graph;
-  std::vector<std::vector<char>> read(graph.blocks.size(), std::vector<char>(ranks, 0));
-  const std::optional<Stages>& stages = state_->placement().stages;
-  if (!stages.has_value()) return read;
-  for (size_t b = 0; b < graph.blocks.size(); ++b)
-    for (const Source& source : graph.blocks[b].inputs)
-      if (source.block >= 0) read.at(source.block)[rank_of[b]] = 1;
-  for (const GraphOutput& output : graph.outputs)
-    for (size_t r = 0; r < ranks; ++r)
-      if (static_cast<int>(r) % stages->members() == stages->member()) read.at(output.block)[r] = 1;
-  for (size_t b = 0; b < graph.blocks.size(); ++b) read[b][rank_of[b]] = 0;
-  return read;
-}
-
-// A parameter in the graph's dtype, for a run without a tape: to and from the rank that runs a block which uses it.
-void Executor::lend(const at::Tensor& parameter, int to) const {
-  const at::Tensor value = parameter.to(at::kCPU).contiguous().view({-1});
-  if (value.numel() > 0) spec_.ranks->send(Ranks::Channel::kEngine, value.view(at::kByte), to);
-}
-at::Tensor Executor::borrow(const Parameter& parameter, int from) const {
-  const at::Tensor value = at::empty(parameter.spec.shape, at::dtype(spec_.dtype));
-  if (value.numel() > 0) spec_.ranks->receive(Ranks::Channel::kEngine, value.view({-1}).view(at::kByte), from);
-  return value.to(spec_.device);
-}
-
-// A block's outputs from the rank that ran it to those that read them; shapes go before.
-void Executor::share(std::vector<at::Tensor>& outputs, const std::vector<char>& readers, int from) const {
-  Ranks& ranks = *spec_.ranks;
-  constexpr int64_t kMostDims = 13;
-  const auto channel = Ranks::Channel::kEngine;
-  const int self = ranks.spec().rank;
-  if (self == from) {
-    for (size_t r = 0; r < readers.size(); ++r) {
-      if (!readers[r]) continue;
-      for (const at::Tensor& output : outputs) {
-        const at::Tensor value = output.detach().to(at::kCPU).contiguous();
-        std::vector<int64_t> header(kMostDims + 2, 0);
-        header[0] = static_cast<int64_t>(value.scalar_type());
-        header[1] = value.dim();
-        for (int64_t d = 0; d < value.dim() && d < kMostDims; ++d) header[2 + d] = value.size(d);
-        ranks.send(channel, at::tensor(header, at::kLong).view(at::kByte), static_cast<int>(r));
-        if (value.numel() > 0) ranks.send(channel, value.view({-1}).view(at::kByte), static_cast<int>(r));
-      }
-    }
-    return;
-  }
-  if (!readers[self]) return;
-  for (at::Tensor& output : outputs) {
-    const at::Tensor header = at::empty({(kMostDims + 2) * 8}, at::kByte);
-    ranks.receive(channel, header, from);
-    const int64_t* h = static_cast<const int64_t*>(header.const_data_ptr());
-    if (h[1] < 0 || h[1] > kMostDims) fail("RANKS", "[ranks] rank ", from, " sent a tensor of no sense");
-    const at::Tensor value =
-        at::empty(at::IntArrayRef(h + 2, static_cast<size_t>(h[1])), at::dtype(static_cast<at::ScalarType>(h[0])));
-    if (value.numel() > 0) ranks.receive(channel, value.view({-1}).view(at::kByte), from);
-    output = value.to(spec_.device);
-  }
 }
 
 }  // namespace stroma::engine

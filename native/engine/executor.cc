@@ -197,15 +197,11 @@ int64_t Executor::count(const LossTerm& term, const Batch& batch) const {
   return it->second.ne(term.count_ignore).sum().item<int64_t>();
 }
 
-namespace {
-
 int64_t count_given(const std::map<std::string, int64_t>& counts, const LossTerm& term) {
   const auto found = counts.find(term.name);
   if (found == counts.end()) fail("INVALID_ARGUMENT", "[session] counts lack loss ", term.name);
   return found->second;
 }
-
-}  // namespace
 
 // A tape is for this session when its format and homes are; places are checked once, copies against both their ends.
 void Executor::prepare(const Tape& tape) const {
@@ -542,127 +538,6 @@ void Executor::flush() {
   walk(step, never);
   pending_ = {};
   if (step.failure != nullptr) std::rethrow_exception(step.failure);
-}
-
-std::map<std::string, at::Tensor> Executor::run(const std::string& name, const Batch& batch, int64_t seed,
-                                                const std::map<std::string, int64_t>& counts) {
-  flush();
-  const auto found = attached_.find(name);
-  if (found == attached_.end()) fail("INVALID_ARGUMENT", "[session] no graph is attached as \"", name, "\"");
-  const LoadedGraph& loaded = *found->second;
-  const Graph& graph = loaded.graph;
-  const DimValues dims = bind(graph, batch, "the batch of \"" + name + "\"");
-  const at::NoGradGuard no_grad;
-  // Last reader of every block's outputs, so that boundaries go as soon as they may.
-  std::vector<int> last(graph.blocks.size(), -1);
-  for (size_t b = 0; b < graph.blocks.size(); ++b)
-    for (const Source& source : graph.blocks[b].inputs)
-      if (source.block >= 0) last[source.block] = static_cast<int>(b);
-  for (const GraphOutput& output : graph.outputs) last[output.block] = static_cast<int>(graph.blocks.size());
-  // Parameters come in block by block and go after their last user.
-  std::vector<at::Tensor> flat(train_->graph.blocks.size());
-  std::vector<int> last_use(flat.size(), -1);
-  for (size_t b = 0; b < graph.blocks.size(); ++b)
-    for (const int owner : loaded.owners[b]) last_use[owner] = static_cast<int>(b);
-  meet_sharers();
-  const std::vector<int> rank_of = ranks_of_blocks(loaded);
-  const auto read = readers(loaded, rank_of);
-  const int self = spec_.ranks ? spec_.ranks->spec().rank : 0;
-  std::vector<std::vector<at::Tensor>> boundaries(graph.blocks.size());
-  const auto parameter_of = [&](int index) {
-    const Parameter& p = state_->parameters[index];
-    at::Tensor& all = flat[p.spec.owner];
-    if (!all.defined()) all = flat_parameters(p.spec.owner);
-    return all.narrow(0, p.offset, c10::multiply_integers(p.spec.shape)).view(p.spec.shape);
-  };
-  const auto used = [&](size_t b) {
-    for (const int owner : loaded.owners[b])
-      if (last_use[owner] == static_cast<int>(b)) flat[owner].reset();
-  };
-  // By parameter and rank, once: what its owner's rank has lent; here, what came.
-  std::map<std::pair<int, int>, at::Tensor> lent;
-  for (size_t b = 0; b < graph.blocks.size(); ++b) {
-    const BlockSpec& block = graph.blocks[b];
-    const auto& specs = loaded.programs[block.program].spec().inputs;
-    for (const int index : loaded.parameters[b]) {
-      const Parameter& p = state_->parameters[index];
-      const int from = rank_of_owner(p.spec.owner), to = rank_of[b];
-      if (from == to || (from != self && to != self) || lent.count({index, to}) > 0) continue;
-      at::Tensor& came = lent[{index, to}];
-      if (from == self)
-        lend(parameter_of(index), to);
-      else
-        came = borrow(p, from);
-    }
-    if (rank_of[b] != self) {
-      boundaries[b].resize(loaded.programs[block.program].spec().outputs.size());
-      share(boundaries[b], read[b], rank_of[b]);
-      used(b);
-      continue;
-    }
-    std::vector<at::Tensor> inputs;
-    for (size_t i = 0; i < specs.size(); ++i) {
-      const Source& source = block.inputs[i];
-      switch (specs[i].kind) {
-        case ProgramInput::Kind::kBoundary:
-          if (source.block < 0 || source.block >= static_cast<int>(b) || source.output < 0 ||
-              source.output >= static_cast<int>(boundaries[source.block].size()))
-            fail("GRAPH", "[graph] block ", block.name, " reads a boundary that no earlier block writes");
-          inputs.push_back(boundaries[source.block][source.output]);
-          break;
-        case ProgramInput::Kind::kBatch: {
-          const auto it = batch.find(source.name);
-          if (it == batch.end()) fail("INVALID_ARGUMENT", "[session] the batch has no input \"", source.name, "\"");
-          inputs.push_back(it->second.to(spec_.device));
-          break;
-        }
-        case ProgramInput::Kind::kLossScale: {
-          const LossTerm& term = graph.losses[loss_named(graph, source.name)];
-          const int64_t n = counts.empty() ? count(term, batch) : count_given(counts, term);
-          inputs.push_back(at::scalar_tensor(n == 0 ? 0.0 : 1.0 / static_cast<double>(n),
-                                             at::dtype(specs[i].dtype).device(spec_.device)));
-          break;
-        }
-        case ProgramInput::Kind::kRngKey:
-          inputs.push_back(at::tensor(at::ArrayRef<int64_t>({seed, 0, 0, static_cast<int64_t>(b)}), at::kLong));
-          break;
-      }
-    }
-    std::vector<at::Tensor> parameters;
-    for (const int p : loaded.parameters[b]) {
-      const auto came = lent.find({p, self});
-      parameters.push_back(came == lent.end() ? parameter_of(p) : came->second);
-    }
-    boundaries[b] = run_block(loaded, static_cast<int>(b), std::move(inputs), parameters, dims);
-    if (spec_.ranks) share(boundaries[b], read[b], self);
-    used(b);
-    for (size_t e = 0; e <= b; ++e)
-      if (last[e] <= static_cast<int>(b) && last[e] >= 0) boundaries[e].clear();
-  }
-  std::map<std::string, at::Tensor> outputs;
-  for (const GraphOutput& output : graph.outputs)
-    outputs[output.name] = boundaries.at(output.block).at(output.output).contiguous().to(at::kCPU);
-  meet_sharers();
-  return outputs;
-}
-
-// All parameters that a block owns, in the graph's dtype: its home, or a copy. With shards the ranks that hold them
-// call this together.
-at::Tensor Executor::flat_parameters(int owner) const {
-  const BlockLayout& block = state_->layout[owner];
-  if (state_->placement().shards() > 1) {
-    at::Tensor whole = at::empty({block.all.size()}, at::dtype(spec_.dtype));
-    gather_shards(owner, whole);
-    return whole.to(spec_.device);
-  }
-  const Place& home = *state_->placement().param[owner];
-  const at::ScalarType storage = state_->format().storage;
-  const int64_t elements = home.bytes / static_cast<int64_t>(c10::elementSize(storage));
-  if (home.space != Space::kDisk)
-    return state_->memory().view(home, 0, {elements}, storage).to(spec_.device, spec_.dtype);
-  const at::Tensor copy = at::empty({elements}, at::dtype(storage));
-  state_->memory().access(home, 0, copy.mutable_data_ptr(), home.bytes, /*write=*/false);
-  return copy.to(spec_.device, spec_.dtype);
 }
 
 at::Tensor Executor::gradient(const std::string& name) {

@@ -1,6 +1,7 @@
 // Executes tapes: one optimizer step is one walk over the instructions. No autograd across blocks; everything that a
 // schedule decides (order, places, copies, recompute) stands in the tape, and nothing here knows models or operators by
-// name. executor.cc walks, passes.cc runs blocks forward and backward, update.cc closes and applies gradients.
+// name. executor.cc walks, passes.cc runs blocks forward and backward, update.cc closes and applies gradients,
+// run.cc runs forwards without a tape.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -127,18 +128,19 @@ class Executor {
   std::vector<at::Tensor> run_block(const LoadedGraph& loaded, int block, std::vector<at::Tensor> inputs,
                                     const std::vector<at::Tensor>& parameters, const DimValues& dims,
                                     Keeper* keeper = nullptr) const;
+  // Without a tape (run.cc).
   at::Tensor flat_parameters(int owner) const;
-  void gather_shards(int owner, at::Tensor& whole) const;
   int rank_of_owner(int owner) const;
   void lend(const at::Tensor& parameter, int to) const;
   at::Tensor borrow(const Parameter& parameter, int from) const;
-  void meet_sharers() const;
-  // With ranks (exchange.cc).
-  void report(Step& step);
-  void exchange(Step& step);
   std::vector<int> ranks_of_blocks(const LoadedGraph& loaded) const;
   std::vector<std::vector<char>> readers(const LoadedGraph& loaded, const std::vector<int>& rank_of) const;
   void share(std::vector<at::Tensor>& outputs, const std::vector<char>& readers, int from) const;
+  // With ranks (exchange.cc).
+  void report(Step& step);
+  void exchange(Step& step);
+  void gather_shards(int owner, at::Tensor& whole) const;
+  void meet_sharers() const;
 
   std::pair<int64_t, int64_t> device_memory() const;  // live, peak
   void reset_device_peak();

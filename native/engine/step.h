@@ -1,4 +1,4 @@
-// What lives for one walk of the executor; shared by executor.cc, passes.cc and update.cc.
+// What lives for one walk of the executor; shared by the executor's files.
 #pragma once
 #include "engine/executor.h"
 
@@ -44,6 +44,8 @@ inline int loss_of(const Graph& graph, int block, int output) {
 }
 
 int loss_named(const Graph& graph, const std::string& name);
+// What the caller says that a loss counts; throws INVALID_ARGUMENT where it says nothing.
+int64_t count_given(const std::map<std::string, int64_t>& counts, const LossTerm& term);
 double steady_seconds();
 
 }  // namespace stroma::engine
