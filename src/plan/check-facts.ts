@@ -19,7 +19,7 @@ export class Facts {
   readonly losses: Set<number>;
   readonly needsBackward: boolean[];
   /** By block: owners of the parameters that it uses; users of the trainable parameters that it owns. */
-  readonly owners: number[][];
+  readonly owners: readonly (readonly number[])[];
   readonly users: number[][];
   /** By block and output: the consumers "block:input" with a gradient, in the order in which they must contribute. */
   readonly contributors: string[][][];

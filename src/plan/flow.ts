@@ -14,7 +14,7 @@ export class Flow {
   /** Of this rank, that own a trainable parameter, ascending. */
   readonly trained: number[];
   /** By block: ownersOf, usersOf and its program. */
-  readonly owners: number[][];
+  readonly owners: readonly (readonly number[])[];
   readonly users: number[][];
   readonly programs: Program[];
   private readonly losses: Set<number>;

@@ -173,13 +173,35 @@ function pieces(list: readonly number[], first: number, { begin, end }: Range): 
 }
 
 /** Blocks that own a parameter of `block`, ascending. */
-export function ownersOf(graph: Graph, block: number): number[] {
-  const names = new Set(graph.blocks[block]!.parameters);
-  return [...new Set(graph.parameters.filter((p) => names.has(p.name)).map((p) => p.owner))].sort((a, b) => a - b);
+export function ownersOf(graph: Graph, block: number): readonly number[] {
+  return tiesOf(graph).owners[block]!;
 }
 
 /** Blocks that use a trainable parameter that `block` owns and that have a backward, ascending. */
 export function usersOf(graph: Graph, block: number, hasBackward: (b: number) => boolean): number[] {
-  const names = new Set(graph.parameters.filter((p) => p.owner === block && p.trainable).map((p) => p.name));
-  return graph.blocks.flatMap((b, i) => (hasBackward(i) && b.parameters.some((p) => names.has(p)) ? [i] : []));
+  return tiesOf(graph).users[block]!.filter(hasBackward);
+}
+
+interface GraphTies {
+  owners: number[][];
+  users: number[][];
+}
+/** Planning asks for them again and again, and a graph never changes. */
+const known = new WeakMap<Graph, GraphTies>();
+
+function tiesOf(graph: Graph): GraphTies {
+  const found = known.get(graph);
+  if (found !== undefined) return found;
+  const byName = new Map(graph.parameters.map((p) => [p.name, p]));
+  const [owners, users] = [graph.blocks.map(() => new Set<number>()), graph.blocks.map(() => new Set<number>())];
+  for (const [b, { parameters }] of graph.blocks.entries())
+    for (const name of parameters) {
+      const { owner, trainable } = byName.get(name)!;
+      owners[b]!.add(owner);
+      if (trainable) users[owner]!.add(b);
+    }
+  const ascending = (sets: readonly Set<number>[]) => sets.map((set) => [...set].sort((x, y) => x - y));
+  const made = { owners: ascending(owners), users: ascending(users) };
+  known.set(graph, made);
+  return made;
 }

@@ -88,7 +88,7 @@ const SENT = { param: "parameters", compute: "compute", partial: "sums", reduced
 
 /** Which operand each place holds for an instruction: reads first, then writes. */
 class Uses {
-  private readonly owners: number[][];
+  private readonly owners: readonly (readonly number[])[];
   private readonly users: number[][];
   private readonly stored: HeldKind[];
 
