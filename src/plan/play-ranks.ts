@@ -1,9 +1,9 @@
 /**
  * Plays the tapes of all ranks together, in one of the orders in which their queues may run: whatever can complete
- * completes. Every queue has all that is its own from the beginning, as in the engine. A send and its receive complete together, when both are first on their queues and have what they wait for;
- * an agreement when all ranks have reported; a coefficient when all ranks are there. Completing something never hinders
- * anything else, so if this order reaches the end every order does, and what an instruction waited for is the same in
- * all of them.
+ * completes. Every queue has all that is its own from the beginning, as in the engine. A send and its receive complete
+ * together, when both are first on their queues and have what they wait for; an agreement when all ranks have reported; a
+ * coefficient when all ranks are there. Completing something never hinders anything else, so if this order reaches the end
+ * every order does, and what an instruction waited for is the same in all of them.
  */
 import { StromaError } from "../errors.js";
 import { title } from "./check-facts.js";
