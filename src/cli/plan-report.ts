@@ -149,7 +149,7 @@ interface Column {
 
 /** A table of kinds by where they are; a kind that is nowhere has no row. */
 export function placementRows(columns: readonly Column[]): string[] {
-  const row = (name: string, cells: string[]) => `${name.padEnd(34)}${cells.map((c) => c.padStart(11)).join("")}`;
+  const row = (name: string, cells: string[]) => `${name.padEnd(32)}${cells.map((c) => c.padStart(13)).join("")}`;
   return [
     row(
       "where",
