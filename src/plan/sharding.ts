@@ -14,7 +14,8 @@ import type { BlockLayout, Range } from "./layout.js";
 import { memberOf, rankAt, replicaOf, replicasOf, shardOf, shardsOf, stageOf } from "./mesh.js";
 import type { Boundary, GradientDType, Instruction, P, Shard, Stages } from "./types.js";
 
-interface Emitter {
+/** Where what ranks of a stage do with each other's parts is written to. */
+export interface Emitter {
   readonly buffers: Buffers;
   emit(i: Instruction): void;
   exchange(

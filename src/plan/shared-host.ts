@@ -10,19 +10,13 @@
  */
 import type { Graph } from "../graph/types.js";
 import { dtypeBytes } from "../graph/value.js";
-import type { Buffers } from "./arena.js";
 import type { BlockLayout } from "./layout.js";
 import { rankAt, replicaOf, shardOf, shardsOf, stageOf } from "./mesh.js";
-import type { Instruction, P, Shard, Stages, StateFormat } from "./types.js";
+import type { Emitter } from "./sharding.js";
+import type { P, Stages, StateFormat } from "./types.js";
 
 /** Bytes of the message that a part has been updated. */
 export const WORD = 1;
-
-interface Emitter {
-  readonly buffers: Buffers;
-  emit(i: Instruction): void;
-  exchange(op: "send" | "receive", operand: Shard, count: number, peer: number, place: P, bytes: number): void;
-}
 
 /** Another shard's part on its way: all of `from` -> `to`. */
 export interface SharedFetch {
