@@ -2,12 +2,11 @@
  * Runs a tape in time: every queue takes its instructions in order, each begins when its queue is free and all that it
  * waits for has completed. No device, no data.
  */
-import { evaluate } from "../graph/dims.js";
-import type { Dim, DType, Graph } from "../graph/types.js";
-import { dtypeBytes } from "../graph/value.js";
+import type { Graph } from "../graph/types.js";
 import { type Cost, CostModel } from "./cost.js";
-import { allocated, passWorkspace } from "./memory.js";
+import { passWorkspace } from "./memory.js";
 import type { MachineProfile } from "./profiles.js";
+import { slotBytes } from "./slots.js";
 import type { Queue, Tape } from "./types.js";
 import { lineOf, queueOf } from "./waits.js";
 
@@ -139,13 +138,13 @@ export function tapePeaks(
   device: "cpu" | "cuda",
   dims: Readonly<Record<string, number>> = tape.dims ?? {},
 ): TapePeaks {
-  const slots = new SlotSizes(graph, tape, dims);
+  const slots = slotBytes(graph, tape, dims);
   const { arenas } = tape.placement;
   let [kept, workspaceBytes] = [0, 0];
-  for (const at of tape.instructions) {
+  for (const [i, at] of tape.instructions.entries()) {
     if (at.op !== "forward" && at.op !== "turn" && at.op !== "backward") continue;
     const pass = passWorkspace(graph, at.block, dims, { device, kept: tape.kept });
-    const beside = kept + slots.live;
+    const beside = kept + slots[i]!;
     if (at.op === "forward") {
       workspaceBytes = Math.max(workspaceBytes, beside + (at.keep ? pass.keepingForward : pass.forward));
       if (at.keep) kept += pass.kept;
@@ -153,7 +152,6 @@ export function tapePeaks(
       workspaceBytes = Math.max(workspaceBytes, beside + pass.keptBackward - pass.kept);
       kept -= pass.kept;
     } else workspaceBytes = Math.max(workspaceBytes, beside + pass.backward);
-    slots.write(at);
   }
   return {
     deviceBytes: arenas.deviceBytes + workspaceBytes,
@@ -163,43 +161,3 @@ export function tapePeaks(
     workspaceBytes,
   };
 }
-
-/**
- * Boundaries in slots: a slot holds its tensor until another is written there. What a forward gives that keeps its graph is
- * held by both, and counts as the slot's only from its backward on.
- */
-class SlotSizes {
-  live = 0;
-  private readonly held: { bytes: number; keptBy: string | null }[] = [];
-
-  constructor(
-    private readonly graph: Graph,
-    private readonly tape: Tape,
-    private readonly dims: Readonly<Record<string, number>>,
-  ) {}
-
-  write(at: Extract<Tape["instructions"][number], { op: "forward" | "turn" | "backward" }>): void {
-    const program = this.graph.programs[this.graph.blocks[at.block]!.program]!;
-    const pass = `${at.block} ${at.microBatch}`;
-    const keptBy = at.op === "forward" && at.keep && this.tape.recompute === "none" ? pass : null;
-    const into = at.op === "forward" ? at.out : at.dIn;
-    const specs = at.op === "forward" ? program.outputs : program.inputs;
-    if (at.op === "backward")
-      for (const slot of this.held.filter((s) => s?.keptBy === pass)) {
-        slot.keptBy = null;
-        this.live += slot.bytes;
-      }
-    for (const [i, p] of into.entries()) {
-      const place = p < 0 ? undefined : this.tape.places[p];
-      if (place?.space !== "slot") continue;
-      const before = this.held[place.offset];
-      if (before?.keptBy === null) this.live -= before.bytes;
-      const bytes = allocated(sizeOf(specs[i]!, this.dims));
-      this.held[place.offset] = { bytes, keptBy };
-      if (keptBy === null) this.live += bytes;
-    }
-  }
-}
-
-const sizeOf = (t: { dtype: DType; shape: Dim[] }, dims: Readonly<Record<string, number>>): number =>
-  t.shape.reduce<number>((n, d) => n * evaluate(d, dims), 1) * dtypeBytes(t.dtype);

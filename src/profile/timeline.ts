@@ -3,14 +3,13 @@
  * there and ends with the last one that uses it; homes of parameters and optimizer state are held always. Places may
  * overlap in part, so values are followed over the pieces into which all ends of places and copies cut an arena.
  */
-import { evaluate } from "../graph/dims.js";
 import type { Graph } from "../graph/types.js";
-import { dtypeBytes } from "../graph/value.js";
 import { Flow } from "../plan/flow.js";
 import { blockLayouts, ownersOf, PAGE, roundUp, usersOf } from "../plan/layout.js";
 import { passWorkspace } from "../plan/memory.js";
 import type { MemoryDevice } from "../plan/memory-gradients.js";
 import { membersOf } from "../plan/mesh.js";
+import { slotLives } from "../plan/slots.js";
 import type { Instruction, Operand, P, Space, Tape } from "../plan/types.js";
 import { QUEUES, queueOf } from "../plan/waits.js";
 
@@ -67,7 +66,8 @@ export function holdings(
     else known.bytes += holding.bytes;
   };
   for (const space of ["device", "host", "disk"] as const) arenaHoldings(tape, uses, space, add);
-  slotHoldings(graph, tape, dims, add);
+  for (const { block, bytes, from, to } of slotLives(graph, tape, dims))
+    add({ space: "slot", kind: "boundaries", block, bytes, from, to, uses: to < tape.instructions.length ? [to] : [] });
   // Of host memory that ranks share, the rank's own part.
   for (const [block, { param }] of tape.placement.homes.entries())
     if (param?.space === "shared")
@@ -249,31 +249,6 @@ function used(uses: number[], tape: Tape, i: number): void {
   const k = uses.findIndex((u) => queueOf(tape.instructions[u]!) === queue);
   if (k < 0) uses.push(i);
   else uses[k] = i;
-}
-
-/** A slot holds its tensor until another is written there. */
-function slotHoldings(
-  graph: Graph,
-  tape: Tape,
-  dims: Readonly<Record<string, number>>,
-  add: (h: Holding) => void,
-): void {
-  const held: (Holding | undefined)[] = [];
-  for (const [i, at] of tape.instructions.entries()) {
-    if (at.op !== "forward" && at.op !== "turn" && at.op !== "backward") continue;
-    const program = graph.programs[graph.blocks[at.block]!.program]!;
-    const [into, specs] = at.op === "forward" ? [at.out, program.outputs] : [at.dIn, program.inputs];
-    for (const [k, p] of into.entries()) {
-      const place = p < 0 ? undefined : tape.places[p];
-      if (place?.space !== "slot") continue;
-      const old = held[place.offset];
-      if (old !== undefined) add({ ...old, to: i, uses: [i] });
-      const { dtype, shape } = specs[k]!;
-      const bytes = shape.reduce<number>((size, d) => size * evaluate(d, dims), dtypeBytes(dtype));
-      held[place.offset] = { space: "slot", kind: "boundaries", block: at.block, bytes, from: i, to: i, uses: [] };
-    }
-  }
-  for (const last of held) if (last !== undefined) add({ ...last, to: tape.instructions.length });
 }
 
 export type ByKind = Record<HeldKind, Float64Array>;
