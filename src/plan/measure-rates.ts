@@ -16,21 +16,21 @@ import {
 import type { StateFormat } from "./types.js";
 
 /**
- * A few seconds for each of operators, products, attention and memory. All of it twice, and of each figure the smaller one: what
- * shares the machine slows it for seconds at a time, hence whole tables, which no number of calls in a row evens out. Needs the addon.
+ * A few seconds for each of operators, products, attention and memory. All of it three times, and of each figure the median: what
+ * shares the machine slows it for seconds at a time, hence whole tables, which no number of calls in a row evens out; and the
+ * least of them would be a machine that nobody shares. Needs the addon.
  */
 export function measureRates(): MeasuredRates {
-  const [once, again] = [measureOnce(), measureOnce()];
-  return smaller(once, again);
+  return middle(measureOnce(), measureOnce(), measureOnce());
 }
 
-/** Of two trees of one shape, the smaller of each two numbers (sizes are equal in both). */
-function smaller<T>(a: T, b: T): T {
-  if (typeof a === "number") return Math.min(a, b as number) as T;
-  if (Array.isArray(a)) return a.map((x, i) => smaller(x, (b as unknown[])[i])) as T;
-  return Object.fromEntries(
-    Object.entries(a as object).map(([key, x]) => [key, smaller(x, (b as Record<string, unknown>)[key])]),
-  ) as T;
+/** Of three trees of one shape, the middle one of each three numbers (sizes are equal in all). */
+function middle<T>(a: T, b: T, c: T): T {
+  if (typeof a === "number")
+    return Math.max(Math.min(a, b as number), Math.min(Math.max(a, b as number), c as number)) as T;
+  const at = (of: T, key: string) => (of as Record<string, unknown>)[key];
+  const entries = Object.entries(a as object).map(([key, x]) => [key, middle(x, at(b, key), at(c, key))] as const);
+  return (Array.isArray(a) ? entries.map(([, x]) => x) : Object.fromEntries(entries)) as T;
 }
 
 function measureOnce(): MeasuredRates {
