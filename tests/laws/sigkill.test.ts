@@ -22,7 +22,7 @@ import { REAL } from "../support/real-trainer.js";
 
 const SEED = 20;
 /** Per engine. A life of the real one takes seconds, so fewer there unless they are asked for. */
-const KILLS = { fake: Number(process.env.STROMA_KILLS ?? 200), real: Number(process.env.STROMA_KILLS ?? 10) };
+const KILLS = { fake: Number(process.env.STROMA_KILLS ?? 100), real: Number(process.env.STROMA_KILLS ?? 10) };
 const root = resolve(import.meta.dirname, "../..");
 
 let compiled: string;
