@@ -3,9 +3,6 @@
  * ten shapes and plans are predicted and measured, and of seven others that were held out while the model of time was made.
  * ratio = predicted seconds / measured seconds, the median of the ten.
  *
- * A machine that is shared is not equally fast for minutes: fixed work is timed when the machine is measured and beside every
- * shape, and a prediction is multiplied by how much longer it takes now (`drift`; `raw…` are without).
- *
  *   npm run bench -- plan [--steps 5] [--json]
  */
 import { mkdtempSync, rmSync } from "node:fs";
@@ -29,7 +26,6 @@ import {
   median,
   openRun,
   unthrottled,
-  yardstick,
 } from "./support/steps.js";
 
 const { values } = parseArgs({
@@ -84,10 +80,8 @@ const heldOut: Shape[] = [
 
 loadAddon();
 const begin = performance.now();
-const before = yardstick();
 const profile = measured();
 const measureSeconds = (performance.now() - begin) / 1e3;
-const then = (before + yardstick()) / 2;
 
 async function row({ dim, layers, vocab, B, T, microBatches, home, state, policy: more, config: other }: Shape) {
   const heads = dim / 64;
@@ -121,36 +115,25 @@ async function row({ dim, layers, vocab, B, T, microBatches, home, state, policy
   const batches = Array.from({ length: microBatches }, (_, m) => decoderBatch(graph, vocab, B, T, m));
   const device = home === "host" ? ({ device: "sim", sim: unthrottled } as const) : ({ device: "cpu" } as const);
   const run = await openRun(graph, policy, batches, device);
-  const pace: number[] = [];
-  await interleave([run], 0);
-  for (let i = 0; i < Number(values.steps); i++) {
-    pace.push(yardstick());
-    await interleave([run], 1, false);
-  }
+  await interleave([run], Number(values.steps));
   await run.session.dispose();
-  const drift = median(pace) / then;
   const seconds = median(run.seconds);
   const { peakDeviceBytes } = run.results.at(-1)!;
-  const raw = simulate(graph, run.tape, profile).seconds;
-  const predicted = raw * drift;
+  const predicted = simulate(graph, run.tape, profile);
   const peak = tapePeaks(graph, run.tape, "cpu").deviceBytes;
-  const [timeError, peakError] = [predicted / seconds - 1, peak / peakDeviceBytes - 1].map((e) => e * 100);
+  const [timeError, peakError] = [predicted.seconds / seconds - 1, peak / peakDeviceBytes - 1].map((e) => e * 100);
   const found = {
     shape:
       `${dim} x ${layers}, ${vocab}; ${microBatches} of ${B} x ${T}; ${policy.schedule}, recompute ${policy.recompute}, ` +
       `${home}, ${state.storage} ${state.masterWeight} ${state.optimizer}`,
-    predictedSeconds: predicted,
-    drift,
+    predictedSeconds: predicted.seconds,
     seconds,
-    rawTimeErrorPercent: (raw / seconds - 1) * 100,
     timeErrorPercent: timeError!,
     predictedPeakBytes: peak,
     peakDeviceBytes,
     peakErrorPercent: peakError!,
   };
-  console.error(
-    `${found.shape}: ${(predicted * 1e3).toFixed(0)} / ${(seconds * 1e3).toFixed(0)} ms, drift ${drift.toFixed(2)}`,
-  );
+  console.error(`${found.shape}: ${(predicted.seconds * 1e3).toFixed(0)} / ${(seconds * 1e3).toFixed(0)} ms`);
   return found;
 }
 type Row = Awaited<ReturnType<typeof row>>;
@@ -158,14 +141,13 @@ const rows: Row[] = [];
 for (const s of shapes) rows.push(await row(s));
 const heldOutRows: Row[] = [];
 for (const s of heldOut) heldOutRows.push(await row(s));
-const worst = (of: readonly Row[], key: "timeErrorPercent" | "rawTimeErrorPercent" | "peakErrorPercent") =>
+const worst = (of: readonly Row[], key: "timeErrorPercent" | "peakErrorPercent") =>
   Math.max(...of.map((r) => Math.abs(r[key])));
 const result = {
   name: "plan",
   ratio: median(rows.map((r) => r.predictedSeconds / r.seconds)),
   unit: "predicted seconds / measured seconds",
   worstTimeErrorPercent: worst(rows, "timeErrorPercent"),
-  rawWorstTimeErrorPercent: worst(rows, "rawTimeErrorPercent"),
   worstPeakErrorPercent: worst([...rows, ...heldOutRows], "peakErrorPercent"),
   heldOutRatio: median(heldOutRows.map((r) => r.predictedSeconds / r.seconds)),
   heldOutWorstTimeErrorPercent: worst(heldOutRows, "timeErrorPercent"),

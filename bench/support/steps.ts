@@ -76,9 +76,9 @@ export async function openRun(
   };
 }
 
-/** A warm-up of each run (if wanted), then `rounds` steps of each in turn. */
-export async function interleave(runs: readonly Run[], rounds: number, warmUp = true): Promise<void> {
-  for (let round = warmUp ? -1 : 0; round < rounds; round++)
+/** A warm-up of each run, then `rounds` steps of each in turn. */
+export async function interleave(runs: readonly Run[], rounds: number): Promise<void> {
+  for (let round = -1; round < rounds; round++)
     for (const run of runs) {
       const began = process.cpuUsage();
       const result = await run.step();
@@ -106,24 +106,6 @@ export function processorFlops(): number {
         return (performance.now() - begin) / 1e3;
       });
       return (2 * 512 * 1024 * 1024) / median(seconds.slice(3));
-    }),
-  );
-}
-
-/** Seconds of a fixed piece of work like a step's (products and sums over memory, on all threads): how fast the machine is now. */
-export function yardstick(): number {
-  const ones = (...shape: number[]) => callOp("aten::ones", [shape], { dtype: "float32" }) as Tensor;
-  return noGrad(() =>
-    scope(() => {
-      const [x, w, large] = [ones(256, 512), ones(512, 1536), ones(4_000_000)];
-      const once = () => {
-        const begin = performance.now();
-        for (let i = 0; i < 20; i++) scope(() => void callOp("aten::mm", [x, w]));
-        scope(() => void callOp("aten::add.Tensor", [large, large]));
-        return (performance.now() - begin) / 1e3;
-      };
-      once();
-      return median(Array.from({ length: 9 }, once));
     }),
   );
 }
