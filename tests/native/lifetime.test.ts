@@ -67,7 +67,8 @@ describe.skipIf(!hasNative())("lifetime", () => {
     faults(250_000);
     const first = faults(210_000);
     const again = Math.min(faults(210_000), faults(210_000));
-    expect(again).toBeLessThan(first / 10);
+    // A few are JavaScript's own; where the kernel joins blocks to huge pages there are few to begin with.
+    expect(again).toBeLessThan(Math.max(first / 10, 200));
   });
 
   it("lets what a scope returns escape, through nested scopes, and keeps what keep() was given", () => {
