@@ -1,5 +1,5 @@
 """PyTorch FSDP2 (`fully_shard`) on the decoder of bench/ranks.ts: the same weights, rows and optimizer as the other side
-of the comparison, ranks over Gloo on processors, every block a unit of its own.
+of the comparison, ranks over Gloo on processors (bench/card.ts: one on a card), every block a unit of its own.
 
     torchrun --nproc-per-node 2 bench/fsdp2.py [--dim 512] [--layers 8] [--steps 4] [--setup FILE]
 
@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
 
 def weight(*shape):
@@ -120,8 +120,8 @@ class Decoder(nn.Module):
 
     def forward(self, tokens, labels):
         H = self.c["headDim"]
-        frequency = 1.0 / (self.c["ropeTheta"] ** (torch.arange(0, H, 2).float() / H))
-        angle = torch.outer(torch.arange(tokens.shape[1]).float(), frequency)
+        frequency = 1.0 / (self.c["ropeTheta"] ** (torch.arange(0, H, 2, device=tokens.device).float() / H))
+        angle = torch.outer(torch.arange(tokens.shape[1], device=tokens.device).float(), frequency)
         angle = torch.cat((angle, angle), -1)
         x = self.embed_tokens(tokens)
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
@@ -148,6 +148,12 @@ def fill(model, setup, rank, ranks):
             with safe_open(setup["weights"], "pt") as file:
                 for name, p in parameters.items():
                     p.to_local().copy_(mine(file.get_tensor(hugging_face(name))))
+            return
+        if setup.get("offload"):  # for its time alone: the same million of random numbers everywhere
+            some = torch.randn(1 << 20) * setup["config"]["initStd"]
+            for p in parameters.values():
+                flat = p.to_local().view(-1)
+                flat.copy_(torch.ones_like(flat) if p.dim() == 1 else some.repeat(-(-flat.numel() // (1 << 20)))[: flat.numel()])
             return
         for i, (name, p) in enumerate(parameters.items()):
             generator = torch.Generator().manual_seed(setup["seed"] * 100_003 + i)
@@ -186,6 +192,8 @@ def settings():
                    "ffn": a.dim * 3, "ropeTheta": 10_000, "normEps": 1e-5, "tiedEmbeddings": False, "initStd": 0.02},
         "rowTokens": a.tokens, "batch": a.batch, "microBatches": a.micro_batches, "steps": a.steps, "warmUp": a.warm_up,
         "threads": a.threads, "seed": a.seed, "learningRate": a.learning_rate, "dtype": a.dtype, "reshard": a.reshard,
+        # Of bench/card.ts: a card, what lies on the host, what parameters are stored as, how much of the card is used.
+        "device": "cpu", "offload": False, "storage": "float32", "deviceBytes": None,
     }
     if a.setup:
         with open(a.setup) as file:
@@ -196,29 +204,37 @@ def settings():
 def main():
     setup = settings()
     torch.set_num_threads(setup["threads"])
-    dist.init_process_group("gloo")
+    device = torch.device(setup["device"])
+    card = device.type == "cuda"
+    if card:
+        torch.cuda.set_device(device)
+        if setup["deviceBytes"] is not None:
+            torch.cuda.set_per_process_memory_fraction(setup["deviceBytes"] / torch.cuda.mem_get_info()[1])
+    dist.init_process_group("cpu:gloo,cuda:nccl" if card else "gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    tokens, labels = rows(setup)
+    tokens, labels = (x.to(device) for x in rows(setup))
     micro_batches, batch = setup["microBatches"], len(tokens)
     if batch % (ranks * micro_batches):
         raise SystemExit(f"[fsdp2] {batch} rows are not a multiple of {ranks} ranks x {micro_batches} micro-batches")
     mine = slice(rank * batch // ranks, (rank + 1) * batch // ranks)
     parts = list(zip(tokens[mine].chunk(micro_batches), labels[mine].chunk(micro_batches)))
-    mesh = init_device_mesh("cpu", (ranks,))
+    mesh = init_device_mesh(device.type, (ranks,))
     before = memory("VmRSS")
 
     with torch.device("meta"):
-        model = Decoder(setup["config"])
+        model = Decoder(setup["config"]).to(getattr(torch, setup["storage"]))
     dtype = getattr(torch, setup["dtype"])
     options = {"mesh": mesh, "reshard_after_forward": setup["reshard"]}
-    if dtype != torch.float32:
+    if setup["offload"]:
+        options["offload_policy"] = CPUOffloadPolicy()
+    if dtype != getattr(torch, setup["storage"]):
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     # A tied weight belongs to the root: two units cannot both own it.
     untied = not setup["config"]["tiedEmbeddings"]
     for block in ([model.embed_tokens] if untied else []) + list(model.layers) + ([model.head] if untied else []):
         fully_shard(block, **options)
     fully_shard(model, **options)
-    model.to_empty(device="cpu")
+    model.to_empty(device="cpu" if setup["offload"] else device)
     fill(model, setup, rank, ranks)
     made = memory("VmHWM")
     decay = [p for p in model.parameters() if p.dim() > 1]
@@ -231,19 +247,23 @@ def main():
     for step in range(setup["warmUp"] + setup["steps"]):
         dist.barrier()
         begin = time.perf_counter()
-        total = torch.zeros(())
+        total = torch.zeros((), device=device)
         for i, (x, y) in enumerate(parts):
-            model.set_requires_gradient_sync(i == micro_batches - 1)
+            # Offloaded, a whole model's gradients do not stay on the card: they are added up on the host.
+            model.set_requires_gradient_sync(setup["offload"] or i == micro_batches - 1)
             loss = model(x, y) / micro_batches
             loss.backward()
             total += loss.detach()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        losses.append(total)
+        if card:
+            torch.cuda.synchronize()
         took = torch.tensor(time.perf_counter() - begin, dtype=torch.float64)
         dist.all_reduce(took, dist.ReduceOp.MAX)
         dist.all_reduce(total)
-        losses.append(total.item() / ranks)
+        losses[-1] = total.item() / ranks
         norms.append(norm.full_tensor().item())
         if step >= setup["warmUp"]:
             seconds.append(took.item())
@@ -257,7 +277,7 @@ def main():
             "memory": each, "ranks": ranks, "threads": setup["threads"], "parameters": parameters, "batch": list(tokens.shape),
             "microBatches": micro_batches, "dtype": setup["dtype"], "reshardAfterForward": setup["reshard"],
             "wrapped": sum(isinstance(m, FSDPModule) for m in model.modules()), "backend": dist.get_backend(),
-            "torch": torch.__version__,
+            "torch": torch.__version__, "peakDeviceBytes": torch.cuda.max_memory_reserved() if card else None,
         }), flush=True)
     dist.destroy_process_group()
 

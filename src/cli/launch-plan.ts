@@ -59,7 +59,7 @@ export function distributedPlan(
     return {
       mode: "rank",
       spec,
-      ...(onCards ? { device: cardOf(spec, asked, cards()) } : {}),
+      ...(onCards ? { device: cardOf(spec, asked, cards()) } : launcher === "stroma" ? {} : ownCard(spec, device, cards)),
       timeoutSeconds: rankTimeout ?? DEFAULT_RANK_TIMEOUT,
     };
   }
@@ -91,6 +91,16 @@ const onOneCard = (device: string, who: string): StromaError =>
   config(
     `${who} and --device ${device}: all ranks would be on one card. --gpus N, or --distributed, gives each its own`,
   );
+
+/** Without a word of devices, ranks that a cluster's launcher started are on cards where each has one: as in PyTorch. */
+function ownCard(spec: RankSpec, device: TrainFlags["device"], cards: () => number): { device?: CardDevice } {
+  if (device !== undefined && device !== "auto") return {};
+  try {
+    return cards() >= spec.localSize ? { device: `cuda:${spec.localRank}` } : {};
+  } catch {
+    return {}; // nothing can count them: whoever asks for cards hears why
+  }
+}
 
 /** The rank's own card; the only one, where the launcher shows each rank one alone. */
 function cardOf({ localRank, localSize }: RankSpec, asked: string, available: number): CardDevice {

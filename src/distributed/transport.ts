@@ -30,7 +30,9 @@ export function transportFacts(
   const card = /^cuda:(\d+)$/.exec(device)?.[1];
   if (card === undefined) return { asked, device, nccl: null, card: null };
   const nccl = facts.ncclVersion();
-  return { asked, device, nccl, card: nccl === null ? null : `${hostname()} ${facts.busAddress(Number(card))}` };
+  // NCCL knows machines by NCCL_HOSTID where it is set: so told apart, ranks may even share a card (over its network transport).
+  const host = process.env.NCCL_HOSTID || hostname();
+  return { asked, device, nccl, card: nccl === null ? null : `${host} ${facts.busAddress(Number(card))}` };
 }
 
 /**

@@ -72,7 +72,9 @@ describe("alone, launcher or rank", () => {
       throw new Error("counted");
     };
     expect(distributedPlan({ ranks: 2 }, {}, never).mode).toBe("launch");
-    expect(distributedPlan({}, RANK, never).mode).toBe("rank");
+    expect(distributedPlan({}, LAUNCHED, never)).not.toHaveProperty("device");
+    // A cluster's launcher leaves it to the machine: what cannot be counted is not there.
+    expect(distributedPlan({}, RANK, never)).not.toHaveProperty("device");
   });
 
   it("the one process that a launcher started trains alone, and starts no other", () => {
@@ -86,7 +88,13 @@ describe("alone, launcher or rank", () => {
       mode: "rank",
       timeoutSeconds: 5,
     });
-    expect(planOf({}, RANK)).not.toHaveProperty("device");
+    expect(planOf({}, { ...RANK, LOCAL_RANK: "1" })).toMatchObject({ device: "cuda:1" });
+    for (const [flags, env, cards] of [
+      [{}, RANK, 1],
+      [{}, LAUNCHED, 4],
+      [{ device: "cpu" }, RANK, 4],
+    ] as const)
+      expect(planOf(flags, env, cards)).not.toHaveProperty("device");
     for (const flags of [{ gpus: 2 }, { distributed: true }])
       expect(planOf(flags, { ...RANK, LOCAL_RANK: "1" })).toMatchObject({ mode: "rank", device: "cuda:1" });
     // srun --gpus-per-task=1 shows each rank its own card alone.

@@ -1,0 +1,101 @@
+#!/usr/bin/env node
+// Everything that only a machine with a card can show, one after the other, each with a limit of its own: what each said, how it
+// ended and how long it took, and all of it in a log. node scripts/card-check.mjs --help
+import { spawn } from "node:child_process";
+import { createWriteStream, mkdirSync } from "node:fs";
+import { join } from "node:path";
+import { parseArgs } from "node:util";
+
+const train =
+  "node bin/stroma.js train --sequence-length 512 --micro-batch-size 4 --gradient-accumulation-steps 8 --precision bfloat16";
+const eightBit = "--optimizer adamw8bit --master-weight none --host-memory 64GB";
+/** As a cluster's launcher would start them: two processes that see one card. */
+const pair = (name, words, host = () => "") => {
+  const rank = (r) =>
+    `${host(r)}RANK=${r} WORLD_SIZE=2 LOCAL_RANK=${r} LOCAL_WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29544 ` +
+    `${train} --distributed --model 100m --steps 4 ${words} --output-dir runs/card-${name}`;
+  return `${rank(0)} & ${rank(1)}; code=$?; wait $! || code=$?; exit $code`;
+};
+
+/** name: [seconds at the most, command] */
+const CHECKS = {
+  driver: [20, "nvidia-smi; nproc; free -g"],
+  doctor: [90, "node bin/stroma.js doctor"],
+  kernels: [90, "vitest run tests/native/kernels-cuda.test.ts"],
+  laws: [240, "vitest run tests/laws/cuda.test.ts"],
+  selftest: [120, "node bin/stroma.js selftest memory"],
+  resident: [90, `${train} --model 100m --steps 10 --profile-memory 5 --output-dir runs/card-resident`],
+  offload: [
+    120,
+    `${train} --model 1b --steps 4 ${eightBit} --device-memory 8GB --profile-memory 3 --output-dir runs/card-offload`,
+  ],
+  use: [
+    60,
+    "node bin/stroma.js eval --checkpoint runs/card-offload && node bin/stroma.js generate --checkpoint runs/card-offload --prompt 'synthetic star'",
+  ],
+  gloo: [90, pair("gloo", "")],
+  nccl: [90, pair("nccl", "--transport nccl", (rank) => `NCCL_HOSTID=rank${rank} NCCL_SOCKET_IFNAME=lo `)],
+  optimizer: [
+    60,
+    "node bench/run.mjs optimizer8bit --device cuda:0 --elements 268435456 --param bfloat16 --json && node bench/run.mjs optimizer8bit --device cuda:0 --elements 268435456 --json",
+  ],
+  measure: [150, "node bin/stroma.js doctor --measure"],
+  astro: [300, "node bench/run.mjs card --json"],
+};
+
+const { values } = parseArgs({
+  options: {
+    only: { type: "string" },
+    out: { type: "string", default: "runs/card-check" },
+    help: { type: "boolean", short: "h", default: false },
+  },
+});
+if (values.help) {
+  console.log(
+    `node scripts/card-check.mjs [--only NAME,NAME] [--out runs/card-check]\n\n${Object.entries(CHECKS)
+      .map(([name, [seconds, command]]) => `${name} (${seconds} s)\n  ${command}`)
+      .join("\n")}`,
+  );
+  process.exit(0);
+}
+const names = values.only?.split(",") ?? Object.keys(CHECKS);
+const unknown = names.find((name) => !(name in CHECKS));
+if (unknown !== undefined) {
+  console.error(`card-check: there is no ${unknown}; there are ${Object.keys(CHECKS).join(", ")}`);
+  process.exit(2);
+}
+mkdirSync(values.out, { recursive: true });
+const log = createWriteStream(join(values.out, "card-check.log"), { flags: "a" });
+const say = (text) => {
+  process.stdout.write(text);
+  log.write(text);
+};
+
+const rows = [];
+for (const name of names) {
+  const [limit, command] = CHECKS[name];
+  say(`\n== ${name}\n`);
+  const began = performance.now();
+  // A group of its own, so that nothing of it is left when its time is up.
+  const child = spawn("bash", ["-c", `exec 2>&1\n${command}`], {
+    stdio: ["ignore", "pipe", "inherit"],
+    detached: true,
+  });
+  child.stdout.on("data", (data) => say(String(data)));
+  let late = false;
+  const timer = setTimeout(() => {
+    late = true;
+    process.kill(-child.pid, "SIGKILL");
+  }, limit * 1000);
+  const code = await new Promise((done) => child.on("close", (status, signal) => done(signal ?? status)));
+  clearTimeout(timer);
+  rows.push([
+    name,
+    late ? `not over after ${limit} s` : code === 0 ? "ok" : `ended with ${code}`,
+    ((performance.now() - began) / 1000).toFixed(1),
+  ]);
+}
+say(
+  `\n== all\n${rows.map(([name, how, seconds]) => `${name.padEnd(10)} ${how.padEnd(24)} ${seconds.padStart(6)} s`).join("\n")}\n`,
+);
+process.exitCode = rows.every(([, how]) => how === "ok") ? 0 : 1;
