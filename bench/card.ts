@@ -6,11 +6,13 @@
  * --layers-torch N: so many of its layers by PyTorch's FSDP2 with CPU offload and its own AdamW, all in bfloat16, beside ours
  * within the same cap. All layers of astro-13b would take it more than twice the host memory that ours takes.
  *
+ * --profile-folder: profiles of each side's last step.
+ *
  * --plan-only: what is expected, by the profile of the card, or by --profile where there is none.
  *
  *   npm run bench -- card [--device cuda:0] [--model astro-13b] [--layers N] [--device-memory 24GB] [--host-memory 64GB]
  *                         [--micro-batches 32] [--tokens 512] [--steps 2] [--layers-torch 0]
- *                         [--plan-only] [--profile h100] [--json]
+ *                         [--profile-folder DIR] [--plan-only] [--profile h100] [--json]
  */
 import { writeFileSync } from "node:fs";
 import { join } from "node:path";
@@ -30,6 +32,7 @@ import { cardProfile, findProfile } from "../src/plan/profiles.js";
 import { simulate, tapePeaks } from "../src/plan/simulate.js";
 import type { Clip } from "../src/plan/types.js";
 import { writeTape } from "../src/plan/write-tape.js";
+import { predictStep, writeProfile } from "../src/profile/index.js";
 import { runPython, withTemporaryFolder } from "../tests/support/python.js";
 import { decoderBatch, eightBitState, median, openRun } from "./support/steps.js";
 
@@ -43,6 +46,7 @@ const { values } = parseArgs({
     "micro-batches": { type: "string", default: "32" },
     tokens: { type: "string", default: "512" },
     steps: { type: "string", default: "2" },
+    "profile-folder": { type: "string" },
     "layers-torch": { type: "string", default: "0" },
     profile: { type: "string", default: "h100" },
     "plan-only": { type: "boolean", default: false },
@@ -125,17 +129,31 @@ async function measured({ name, config, graph, policy, deviceMemory, boundBy }: 
   say(`${name}: memory taken and parameters drawn in ${openSeconds.toFixed(1)} s`);
   const results = [];
   for (let step = 0; step <= steps; step++) {
-    const r = await run.step();
+    const r = await run.step(values["profile-folder"] !== undefined && step === steps);
     results.push(r);
     say(
       `${name}: step ${step + 1}: loss ${r.loss.toFixed(4)}, norm ${r.gradNorm.toPrecision(4)}, ${r.seconds.toFixed(3)} s, peak ${gb(r.peakDeviceBytes)}`,
     );
   }
+  const last = results.at(-1)!;
+  if (last.profile !== undefined) {
+    const folder = join(values["profile-folder"]!, name.replace(/\W+/g, "-"));
+    const prediction = predictStep(graph, tape, profile, "cuda", policy.dims!);
+    const input = {
+      graph,
+      tape,
+      profile: last.profile,
+      result: last,
+      predicted: prediction,
+      dims: policy.dims!,
+      device,
+    };
+    await writeProfile(folder, { ...input, machine: profile.name });
+  }
   since = performance.now();
   await run.session.dispose();
   say(`${name}: all given back in ${((performance.now() - since) / 1e3).toFixed(1)} s`);
   const seconds = median(results.slice(1).map((r) => r.seconds));
-  const last = results.at(-1)!;
   return {
     name,
     tokensPerSecond: (microBatches * T) / seconds,
@@ -158,11 +176,28 @@ async function measured({ name, config, graph, policy, deviceMemory, boundBy }: 
 async function torch(config: DecoderConfig, deviceBytes: number) {
   return withTemporaryFolder(async (folder) => {
     const file = join(folder, "setup.json");
-    const setup = { config, rowTokens: T, batch: microBatches, microBatches, steps, warmUp: 1, threads: 16, seed: 1 };
+    const setup = {
+      config,
+      rowTokens: T,
+      batch: microBatches,
+      microBatches,
+      steps: 1,
+      warmUp: 1,
+      threads: 16,
+      seed: 1,
+    };
     const place = { device, offload: true, storage: "bfloat16", dtype: "bfloat16", deviceBytes, learningRate: 1e-4 };
     writeFileSync(file, JSON.stringify({ ...setup, ...place }));
     const script = fileURLToPath(new URL("fsdp2.py", import.meta.url));
-    const env = { RANK: "0", WORLD_SIZE: "1", LOCAL_RANK: "0", MASTER_ADDR: "127.0.0.1", MASTER_PORT: "29533" };
+    const loopback = { GLOO_SOCKET_IFNAME: "lo", NCCL_SOCKET_IFNAME: "lo" };
+    const env = {
+      ...loopback,
+      RANK: "0",
+      WORLD_SIZE: "1",
+      LOCAL_RANK: "0",
+      MASTER_ADDR: "127.0.0.1",
+      MASTER_PORT: "29533",
+    };
     const r = await runPython<{ secondsPerStep: number; losses: number[]; norms: number[]; peakDeviceBytes: number }>(
       script,
       ["--setup", file],

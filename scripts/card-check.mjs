@@ -37,7 +37,7 @@ const CHECKS = {
   nccl: [90, pair("nccl", "--transport nccl", (rank) => `NCCL_HOSTID=rank${rank} NCCL_SOCKET_IFNAME=lo `)],
   optimizer: [
     60,
-    "node bench/run.mjs optimizer8bit --device cuda:0 --elements 268435456 --param bfloat16 --json && node bench/run.mjs optimizer8bit --device cuda:0 --elements 268435456 --json",
+    "node bench/run.mjs optimizer8bit --device cuda:0 --elements 134217728 --param bfloat16 --json && node bench/run.mjs optimizer8bit --device cuda:0 --elements 134217728 --json",
   ],
   measure: [150, "node bin/stroma.js doctor --measure"],
   astro: [300, "node bench/run.mjs card --json"],

@@ -34,7 +34,7 @@ export interface Run {
   /** Of this process, all threads: what is left to compare on a machine that others use too. */
   processorSeconds: number[];
   results: StepResult[];
-  step(): Promise<StepResult>;
+  step(profile?: boolean): Promise<StepResult>;
 }
 
 /** A session of float32 arithmetic with the plan's tape, initialized. */
@@ -63,9 +63,10 @@ export async function openRun(
     seconds: [],
     processorSeconds: [],
     results: [],
-    step: () =>
+    step: (profile = false) =>
       session.step({
         tape,
+        profile,
         ...(flush === null ? {} : { flush }),
         microBatches: batches,
         step: step++,

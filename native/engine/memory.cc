@@ -1,6 +1,7 @@
 #include "engine/memory.h"
 
 #include <ATen/Functions.h>
+#include <ATen/Parallel.h>
 
 #include <cstring>
 
@@ -88,7 +89,9 @@ void Memory::zero(const Place& place) const {
   else if (place.space == Space::kDevice && !on_.is_cpu())
     cuda::zero(on_, address(place), place.bytes);
   else
-    std::memset(address(place), 0, static_cast<size_t>(place.bytes));
+    at::parallel_for(0, place.bytes, 16 << 20, [data = address(place)](int64_t from, int64_t to) {
+      std::memset(data + from, 0, static_cast<size_t>(to - from));
+    });
 }
 
 Disk& Memory::disk() const {

@@ -2,11 +2,17 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
 
 #include "engine/error.h"
 
 namespace stroma::engine {
 namespace {
+
+constexpr int64_t kPiece = 1 << 20;  // elements drawn at a time
 
 constexpr const char* kNames[kStateKinds] = {"param",  "master", "low",     "exp_avg", "exp_avg_sq",
                                              "state1", "state2", "absmax1", "absmax2", "step"};
@@ -212,14 +218,29 @@ at::Tensor ModelState::tensor(StateKind kind, const Parameter& p) const {
   return copy;
 }
 
-void ModelState::put(StateKind kind, const Parameter& p, const at::Tensor& value) {
+void ModelState::put(StateKind kind, const Parameter& p, const at::Tensor& value, int64_t first) {
   const Range r = range(kind, p);
+  const int64_t offset = r.offset + first * static_cast<int64_t>(c10::elementSize(dtype_of(kind)));
   if (r.home->space != Space::kDisk) {
-    memory_->view(*r.home, r.offset, shape_of(kind, p), dtype_of(kind)).copy_(value);
+    memory_->view(*r.home, offset, value.sizes(), dtype_of(kind)).copy_(value);
     return;
   }
   const at::Tensor bytes = value.to(at::kCPU, dtype_of(kind)).contiguous();
-  memory_->access(*r.home, r.offset, const_cast<void*>(bytes.const_data_ptr()), r.bytes, /*write=*/true);
+  memory_->access(*r.home, offset, const_cast<void*>(bytes.const_data_ptr()), static_cast<int64_t>(bytes.nbytes()),
+                  /*write=*/true);
+}
+
+void ModelState::put_weight(const Parameter& p, const at::Tensor& value, int64_t first) {
+  if (holds(StateKind::kLow, p)) {
+    // hi: the nearest bfloat16 (ties away from zero), low: what it lacks, as the bits' difference.
+    const at::Tensor bits = value.to(at::kFloat).contiguous().view(at::kInt);
+    const at::Tensor high = bits.add(0x8000).bitwise_right_shift(16);
+    put(StateKind::kParam, p, high.to(at::kShort).view(at::kBFloat16), first);
+    put(StateKind::kLow, p, bits.sub(high.bitwise_left_shift(16)).to(at::kShort), first);
+    return;
+  }
+  put(StateKind::kParam, p, value, first);
+  if (holds(StateKind::kMaster, p)) put(StateKind::kMaster, p, value, first);
 }
 
 void ModelState::assign(StateKind kind, Parameter& p, const at::Tensor& value) {
@@ -235,47 +256,57 @@ void ModelState::assign(StateKind kind, Parameter& p, const at::Tensor& value) {
   if (value.sizes() != at::IntArrayRef(shape_of(kind, p)))
     fail("INVALID_ARGUMENT", "[session] expected ", state_kind_name(kind), " of ", p.spec.name, " of shape ",
          at::IntArrayRef(shape_of(kind, p)), ", got ", value.sizes());
-  if (kind == StateKind::kParam && holds(StateKind::kLow, p)) {
-    // hi: the nearest bfloat16 (ties away from zero), low: what it lacks, as the bits' difference.
-    const at::Tensor bits = value.to(at::kFloat).contiguous().view(at::kInt);
-    const at::Tensor high = bits.add(0x8000).bitwise_right_shift(16);
-    put(kind, p, high.to(at::kShort).view(at::kBFloat16));
-    put(StateKind::kLow, p, bits.sub(high.bitwise_left_shift(16)).to(at::kShort));
+  if (kind == StateKind::kParam) {
+    put_weight(p, value);
     return;
   }
   put(kind, p, value);
-  if (kind == StateKind::kParam && holds(StateKind::kMaster, p)) put(StateKind::kMaster, p, value);
   if (kind == StateKind::kMaster) put(StateKind::kParam, p, value);
 }
 
-void ModelState::initialize(int64_t seed) {
-  for (const std::optional<Place>& home : placement_.state)
-    if (home.has_value()) memory_->zero(*home);
-  for (Parameter& p : parameters) {
-    if (!owns(p)) continue;
-    const Init& init = p.spec.init;
-    at::Tensor drawn;
-    const auto shape = at::IntArrayRef(p.spec.shape);
-    auto generator = at::detail::createCPUGenerator(stream_of(seed, p.spec.name));
-    const auto options = at::TensorOptions().dtype(wide());
+void ModelState::draw(Parameter& p, int64_t seed) {
+  const Init& init = p.spec.init;
+  const int64_t count = c10::multiply_integers(p.spec.shape), begin = p.layout.begin, end = begin + p.layout.elements;
+  auto generator = at::detail::createCPUGenerator(stream_of(seed, p.spec.name));
+  for (int64_t at = 0; at < count;) {
+    // ATen makes normal values of sixteen uniform ones at a time, and the last sixteen anew where some are left over:
+    // pieces of whole sixteens, the last of no fewer, hold what one draw of them all would.
+    const int64_t n = count - at < kPiece + 16 ? count - at : kPiece;
+    at::Tensor drawn = at::empty({n}, at::TensorOptions().dtype(wide()));
     switch (init.kind) {
       case Init::Kind::kNormal:
-        drawn = at::empty(shape, options).normal_(0, init.a, generator);
+        drawn.normal_(0, init.a, generator);
         break;
       case Init::Kind::kUniform:
-        drawn = at::empty(shape, options).uniform_(init.a, init.b, generator);
+        drawn.uniform_(init.a, init.b, generator);
         break;
       case Init::Kind::kZeros:
-        drawn = at::zeros(shape, options);
+        drawn.zero_();
         break;
       case Init::Kind::kOnes:
-        drawn = at::ones(shape, options);
+        drawn.fill_(1);
         break;
     }
-    if (!holds_whole(p)) drawn = drawn.view({-1}).narrow(0, p.layout.begin, p.layout.elements);
-    assign(StateKind::kParam, p, drawn);
-    p.updates = 0;
+    const int64_t from = std::max(at, begin), to = std::min(at + n, end);
+    if (from < to) put_weight(p, drawn.narrow(0, from - at, to - from), from - begin);
+    at += n;
   }
+  p.updates = 0;
+}
+
+void ModelState::initialize(int64_t seed) {
+  bool on_disk = false;
+  for (const auto* homes : {&placement_.param, &placement_.state})
+    for (const std::optional<Place>& home : *homes)
+      if (home.has_value()) on_disk |= home->space == Space::kDisk;
+  for (const std::optional<Place>& home : placement_.state)
+    if (home.has_value()) memory_->zero(*home);
+  // A draw is one thread's work, and each parameter has a generator of its own: threads take one after the other.
+  std::atomic<size_t> next{0};
+  at::parallel_for(0, on_disk ? 1 : at::get_num_threads(), 1, [&](int64_t, int64_t) {
+    for (size_t i = next++; i < parameters.size(); i = next++)
+      if (owns(parameters[i])) draw(parameters[i], seed);
+  });
 }
 
 int64_t ModelState::bytes() const {

@@ -84,7 +84,11 @@ class ModelState {
     int64_t offset, bytes;
   };
   Range range(StateKind kind, const Parameter& parameter) const;
-  void put(StateKind kind, const Parameter& parameter, const at::Tensor& value);
+  // Converting, from element `first` of what is here on.
+  void put(StateKind kind, const Parameter& parameter, const at::Tensor& value, int64_t first = 0);
+  // A weight as it is kept: the parameter, and the master or the lower halves beside it.
+  void put_weight(const Parameter& parameter, const at::Tensor& value, int64_t first = 0);
+  void draw(Parameter& parameter, int64_t seed);
 
   at::ScalarType dtype_;
   at::Device device_;

@@ -1,5 +1,5 @@
 // stroma::quantize_blockwise_ and dequantize_blockwise_, CUDA twin: the contract and the bits of blockwise_cpu.cc, on
-// the current stream. A thread block takes one block of 256 elements at a time.
+// the current stream.
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -24,14 +24,19 @@ __device__ __forceinline__ float to_float(T x) {
 }
 
 template <bool Signed, typename T>
-__global__ void quantize_kernel(const DynamicMap<Signed>* __restrict__ map, const T* __restrict__ x,
-                                uint8_t* __restrict__ code, float* __restrict__ absmax, const int64_t n) {
-  __shared__ uint32_t most[kQuantBlock / 32];
-  for (int64_t b = blockIdx.x; b * kQuantBlock < n; b += gridDim.x) {
-    const int64_t i = b * kQuantBlock + threadIdx.x;
-    const float value = i < n ? to_float(x[i]) : 0.0f;
-    const uint8_t mine = encode_element<Signed, false>(*map, value, absmax + b, most);
-    if (i < n) code[i] = mine;
+__global__ void __launch_bounds__(kThreads)
+    quantize_kernel(const DynamicMap<Signed>* __restrict__ device_map, const T* __restrict__ x,
+                    uint8_t* __restrict__ code, float* __restrict__ absmax, const int64_t n, const bool aligned) {
+  __shared__ DynamicMap<Signed> map;
+  copy_map(device_map, map);
+  const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / 32);
+  for (int64_t b = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32; b * kQuantBlock < n;
+       b += warps) {
+    const int64_t i = b * kQuantBlock + threadIdx.x % 32 * 8;
+    const Eight<T> all = load_eight(x, i, n, aligned);
+    float values[8];
+    for (int k = 0; k < 8; ++k) values[k] = to_float(all.at[k]);
+    store_eight(code, i, n, aligned, encode_eight<Signed, false>(map, values, absmax + b));
   }
 }
 
@@ -43,8 +48,6 @@ __global__ void dequantize_kernel(const float* __restrict__ value, const uint8_t
     out[i] = static_cast<T>(value[code[i]] * absmax[i / kQuantBlock]);
 }
 
-int grid(int64_t n) { return static_cast<int>(std::min<int64_t>(quant_blocks(n), 1 << 16)); }
-
 void quantize_cuda(const at::Tensor& x, at::Tensor& code, at::Tensor& absmax, bool is_signed) {
   check_blockwise("quantize_blockwise_", x, code, absmax);
   const int64_t n = x.numel();
@@ -55,10 +58,12 @@ void quantize_cuda(const at::Tensor& x, at::Tensor& code, at::Tensor& absmax, bo
     const scalar_t* values = x.const_data_ptr<scalar_t>();
     uint8_t* codes = code.mutable_data_ptr<uint8_t>();
     float* most = absmax.mutable_data_ptr<float>();
+    const bool aligned = (reinterpret_cast<uintptr_t>(values) | reinterpret_cast<uintptr_t>(codes)) % 16 == 0;
+    const int blocks = grid((n + 7) / 8);
     if (is_signed)
-      quantize_kernel<<<grid(n), kQuantBlock, 0, stream>>>(signed_map_on(x.device()), values, codes, most, n);
+      quantize_kernel<<<blocks, kThreads, 0, stream>>>(signed_map_on(x.device()), values, codes, most, n, aligned);
     else
-      quantize_kernel<<<grid(n), kQuantBlock, 0, stream>>>(unsigned_map_on(x.device()), values, codes, most, n);
+      quantize_kernel<<<blocks, kThreads, 0, stream>>>(unsigned_map_on(x.device()), values, codes, most, n, aligned);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
 }
@@ -71,7 +76,7 @@ void dequantize_cuda(const at::Tensor& code, const at::Tensor& absmax, bool is_s
   // An address in the device's memory: only taken here, not read.
   const float* value = is_signed ? signed_map_on(out.device())->value : unsigned_map_on(out.device())->value;
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, out.scalar_type(), "stroma::dequantize_blockwise_", [&] {
-    dequantize_kernel<<<grid(n), kQuantBlock, 0, c10::cuda::getCurrentCUDAStream()>>>(
+    dequantize_kernel<<<grid(n), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
         value, code.const_data_ptr<uint8_t>(), absmax.const_data_ptr<float>(), out.mutable_data_ptr<scalar_t>(), n);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });

@@ -54,4 +54,22 @@ STROMA_HD uint32_t rounding_draw(const Uint4& words, int64_t element) {
   return (word >> ((element & 1) * 16)) & 0xffffu;
 }
 
+// The draws of `element` and the seven after it, as rounding_draw() takes them of 0 to 7. One call of Philox where
+// element is a multiple of eight, else two, and no array that is indexed by what is not known when it is compiled.
+STROMA_HD Uint4 eight_draws(PhiloxKey key, int64_t element) {
+  const uint64_t group = static_cast<uint64_t>(element) / 8;
+  const Uint4 a = philox4x32(key, group);
+  const uint32_t shift = static_cast<uint32_t>(element & 7);
+  if (shift == 0) return a;
+  const Uint4 b = philox4x32(key, group + 1);
+  uint32_t w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+  STROMA_UNROLL
+  for (int i = 0; i < 6; ++i) w[i] = (shift & 4) ? w[i + 2] : w[i];
+  STROMA_UNROLL
+  for (int i = 0; i < 5; ++i) w[i] = (shift & 2) ? w[i + 1] : w[i];
+  STROMA_UNROLL
+  for (int i = 0; i < 4; ++i) w[i] = (shift & 1) ? (w[i] >> 16) | (w[i + 1] << 16) : w[i];
+  return {w[0], w[1], w[2], w[3]};
+}
+
 }  // namespace stroma
