@@ -130,7 +130,10 @@ export function chooseDevice(
     throw invalidArgument("device", DEVICE_EXPECTS, asked, "device");
   if (asked === "cpu" || asked === "sim") return { device: asked, why: null };
   if (ranks && asked === "auto")
-    return { device: "cpu", why: "ranks without a card each (--gpus N or --distributed gives them cards, or says what is missing)" };
+    return {
+      device: "cpu",
+      why: "ranks without a card each (--gpus N or --distributed gives them cards, or says what is missing)",
+    };
   if (ranks && asked === "cuda")
     throw new StromaError("CONFIG", "[device] cuda of several ranks would be one card: --gpus N gives each its own");
   const machine = facts();

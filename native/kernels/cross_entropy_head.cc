@@ -34,12 +34,12 @@ struct HeadResult {
   at::Tensor loss, dx, dweight, dbias;
 };
 
-// Adds into the running sum, or becomes it.
-void accumulate(at::Tensor& sum, at::Tensor term) {
+// Adds into the running sum of `type`, or becomes it. A narrower term is widened as it is added, never beside the sum.
+void accumulate(at::Tensor& sum, at::Tensor term, at::ScalarType type) {
   if (sum.defined())
     sum.add_(term);
   else
-    sum = std::move(term);
+    sum = term.to(type);
 }
 
 HeadResult head(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
@@ -70,8 +70,8 @@ HeadResult head(const at::Tensor& x, const at::Tensor& weight, const std::option
     log_probs.reset();
     if (widen) dlogits = dlogits.to(x.scalar_type());
     if (need_x) dx[c] = dlogits.mm(weight);
-    if (need_weight) accumulate(result.dweight, dlogits.t().mm(x_c).to(sum_type));
-    if (need_bias) accumulate(result.dbias, dlogits.sum({0}, false, sum_type));
+    if (need_weight) accumulate(result.dweight, dlogits.t().mm(x_c), sum_type);
+    if (need_bias) accumulate(result.dbias, dlogits.sum({0}, false, sum_type), sum_type);
   }
   result.loss = losses[0];
   for (int64_t c = 1; c < chunks; ++c) result.loss = result.loss + losses[c];

@@ -59,7 +59,11 @@ export function distributedPlan(
     return {
       mode: "rank",
       spec,
-      ...(onCards ? { device: cardOf(spec, asked, cards()) } : launcher === "stroma" ? {} : ownCard(spec, device, cards)),
+      ...(onCards
+        ? { device: cardOf(spec, asked, cards()) }
+        : launcher === "stroma"
+          ? {}
+          : ownCard(spec, device, cards)),
       timeoutSeconds: rankTimeout ?? DEFAULT_RANK_TIMEOUT,
     };
   }

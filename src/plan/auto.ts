@@ -12,6 +12,8 @@ import type { Graph } from "../graph/types.js";
 import { addPlacements, describePlacement, type PlacementTable } from "./auto-describe.js";
 import { type Attempt, fitShape, leastOver, type RankTapes, type Shape, saved, waitsForCopies } from "./auto-fit.js";
 import { type Budget, showSize, usable } from "./budget.js";
+import { CostModel } from "./cost.js";
+import { plus } from "./cost-times.js";
 import { mergeBlocks } from "./merge-blocks.js";
 import { membersOf, stageCount } from "./mesh.js";
 import type { MachineProfile } from "./profiles.js";
@@ -142,7 +144,7 @@ export function searched(graph: Graph, request: PlanRequest, spread: Spread | nu
   const search = new Search(graph, request, limits, spread);
   // Ranks that share blocks have a micro-batch each.
   const most = request.gradientAccumulationSteps / (spread?.shards ?? 1);
-  const fused = fusions(request, spread !== null)
+  const fused = fusions(request, mostTokens(graph, request), spread !== null)
     .filter((k) => k <= most)
     .slice(0, quick ? 1 : undefined);
   if (fused.length === 0)
@@ -175,15 +177,27 @@ export function searched(graph: Graph, request: PlanRequest, spread: Spread | nu
   return search;
 }
 
+/** Of a device micro-batch. A card that waits to be asked for kernels does more at each asking, up to four times as much. */
+function mostTokens(graph: Graph, { dims, state, profile, batchDim = "B", tokenDim = "T" }: PlanRequest): number {
+  for (let tokens = MOST_TOKENS; tokens < 4 * MOST_TOKENS; tokens *= 2) {
+    const rows = Math.max(1, Math.floor(tokens / (dims[tokenDim] ?? 1)));
+    const model = new CostModel(graph, { state, recompute: "none" }, { ...dims, [batchDim]: rows }, profile);
+    const { seconds, launchSeconds = 0 } = plus(...graph.blocks.map((_, block) => model.pass(block).backward));
+    if (launchSeconds <= seconds) return tokens;
+  }
+  return 4 * MOST_TOKENS;
+}
+
 /** Divisors of the accumulation, most tokens first, from as many as help down to one; `all`: also those of few tokens. */
 function fusions(
   { dims, gradientAccumulationSteps, batchDim = "B", tokenDim = "T" }: PlanRequest,
+  mostTokens: number,
   all: boolean,
 ): number[] {
   const tokens = (dims[batchDim] ?? 1) * (dims[tokenDim] ?? 1);
   const divisors: number[] = [];
   for (let k = gradientAccumulationSteps; k >= 1; k--)
-    if (gradientAccumulationSteps % k === 0 && (k === 1 || k * tokens <= MOST_TOKENS)) divisors.push(k);
+    if (gradientAccumulationSteps % k === 0 && (k === 1 || k * tokens <= mostTokens)) divisors.push(k);
   const most = divisors.filter((k) => all || k * tokens >= ENOUGH_TOKENS || k === divisors[0]);
   return [...new Set([...most, 1])];
 }

@@ -1,11 +1,12 @@
 /**
  * Times of a machine of which only large rates are known: each operator takes the longer of its arithmetic and of the bytes
- * that it moves, with at least the time of a launch.
+ * that it moves, with at least the time of a kernel. A host asks for them one after the other: a pass takes the longer of
+ * what its operators take and of what asking for them takes.
  */
 import type { OpName } from "../graph/schemas.js";
 import type { DType } from "../graph/types.js";
 import { sequenceCall, sequenceTraffic, withTransfers } from "./context.js";
-import type { SizedCall, SizedProgram } from "./cost-calls.js";
+import type { SizedCall, SizedProgram, SizedValue } from "./cost-calls.js";
 import { type BlockSizes, type Cost, moving, none, plus, type Times } from "./cost-times.js";
 import { type GemmRate, type MachineProfile, RANK_LINK } from "./profiles.js";
 import type { RetainedDType, StateFormat } from "./types.js";
@@ -24,27 +25,51 @@ export const VIEWS: ReadonlySet<OpName> = new Set([
   "contiguous",
 ]);
 
+/** What a card takes for the smallest kernel, and the next one to begin. */
+const KERNEL_SECONDS = 2e-6;
+/**
+ * Host seconds that libtorch takes for a call of a program, views too, over those of one plain operator (operatorSeconds):
+ * forward with autograd, and backward with its gradients' sums. An H100 beside a Xeon: a layer of the 100m preset took 1.35
+ * and 2.42 ms, with 2,048 tokens as with 4,096, and an operator 9.4 us (docs/gpu/h100-2026-11-28.md).
+ */
+const LAUNCHES = { forward: 2.1, backward: 5.2 } as const;
+
+/** Moved for a logit, there and again back: as bfloat16, as float32, its softmax, the gradients of both (measured there too). */
+const LOGIT_BYTES = 44;
+
 export class Roofline implements Times {
   private readonly rate: GemmRate;
+  /** Of any operator. */
+  private readonly least: number;
 
   constructor(
     private readonly profile: MachineProfile,
     dtype: DType,
   ) {
+    this.least =
+      profile.device === "cuda" ? Math.min(KERNEL_SECONDS, profile.operatorSeconds) : profile.operatorSeconds;
     this.rate = profile.gemm[dtype === "bfloat16" || dtype === "float64" ? dtype : "float32"];
   }
 
-  forward(call: SizedCall): Cost {
-    return this.call(call, 1, 1);
+  forward(call: SizedCall, _recorded = true): Cost {
+    return this.launched(this.call(call, 1, 1), "forward");
   }
 
   backward(call: SizedCall): Cost {
-    return this.call(call, 2, call.op === "linear" || call.op === "matmul" ? 2 : 1.5);
+    return this.launched(this.call(call, 2, call.op === "linear" || call.op === "matmul" ? 2 : 1.5), "backward");
   }
 
-  /** Two more products, and the softmax's gradient over logits in fp32. */
+  /** Two more products, the softmax's gradient over logits in fp32, and the chunks' gradients of the weight into their sum. */
   head(call: SizedCall): Cost {
-    return plus(this.call(call, 1, 1), this.call(call, 2, 1));
+    const [x, w] = call.tensors as [SizedValue, SizedValue];
+    const chunks = Math.ceil(x.shape[0]! / (call.args[5] as number));
+    const sums = w.grad && chunks > 1 ? chunks * (w.bytes + 8 * w.elements) : 0;
+    return plus(this.call(call, 1, 1), this.call(call, 2, 1), this.bytes(sums));
+  }
+
+  private launched(cost: Cost, pass: keyof typeof LAUNCHES): Cost {
+    const { device, operatorSeconds } = this.profile;
+    return device === "cuda" ? { ...cost, launchSeconds: LAUNCHES[pass] * operatorSeconds } : cost;
   }
 
   beside(_: SizedProgram, __: "forward" | "backward"): Cost {
@@ -94,9 +119,9 @@ export class Roofline implements Times {
     // A gather reads the rows that it takes.
     for (const t of tensors)
       moved += op === "embedding" || op === "indexSelect" ? Math.min(t.bytes, out.bytes) : t.bytes;
-    if (op === "crossEntropyHead") moved += (tensors[0]!.shape[0]! * tensors[1]!.shape[0]! * 16) / traffic;
+    if (op === "crossEntropyHead") moved += (tensors[0]!.shape[0]! * tensors[1]!.shape[0]! * LOGIT_BYTES) / traffic;
     const memory = (moved * traffic) / profile.deviceMemory;
-    let seconds = Math.max(flops / speed, memory, profile.operatorSeconds);
+    let seconds = Math.max(flops / speed, memory, this.least);
     if (over !== null) {
       const bytes = sequenceTraffic(over.kind, over.ranks, over.shape)[arithmetic === 1 ? "forward" : "backward"];
       seconds = withTransfers(over.kind, over.ranks, seconds, bytes / (profile.rankLink ?? RANK_LINK));

@@ -7,6 +7,8 @@ export interface Cost {
   /** Of those, seconds in which memory is the limit, not arithmetic. */
   memorySeconds: number;
   flops: number;
+  /** Of the host, to ask a card for it: work that is asked for more slowly than it is done takes so long. Absent: 0. */
+  launchSeconds?: number;
 }
 
 export const none: Cost = { seconds: 0, memorySeconds: 0, flops: 0 };
@@ -14,7 +16,10 @@ export const plus = (...costs: readonly Cost[]): Cost => ({
   seconds: costs.reduce((n, c) => n + c.seconds, 0),
   memorySeconds: costs.reduce((n, c) => n + c.memorySeconds, 0),
   flops: costs.reduce((n, c) => n + c.flops, 0),
+  launchSeconds: costs.reduce((n, c) => n + (c.launchSeconds ?? 0), 0),
 });
+/** What work takes that nothing else stands before. */
+export const taken = ({ seconds, launchSeconds = 0 }: Cost): number => Math.max(seconds, launchSeconds);
 /** Work that moves bytes and computes next to nothing. */
 export const moving = (seconds: number): Cost => ({ seconds, memorySeconds: seconds, flops: 0 });
 

@@ -8,7 +8,7 @@ import { sizedProgram } from "./cost-calls.js";
 import { FusedRoofline } from "./cost-fused.js";
 import { MeasuredTimes } from "./cost-measured.js";
 import { Roofline } from "./cost-roofline.js";
-import { type BlockSizes, type Cost, moving, none, plus, type Times } from "./cost-times.js";
+import { type BlockSizes, type Cost, moving, none, plus, type Times, taken } from "./cost-times.js";
 import { type BlockLayout, blockLayouts } from "./layout.js";
 import { membersOf, shardOf } from "./mesh.js";
 import { type MachineProfile, RANK_LINK } from "./profiles.js";
@@ -50,7 +50,7 @@ export class CostModel {
 
   of(i: Instruction): Cost {
     const cost = this.work(i);
-    return { ...cost, seconds: cost.seconds + (queueOf(i) === "compute" ? this.profile.instructionSeconds : 0) };
+    return { ...cost, seconds: taken(cost) + (queueOf(i) === "compute" ? this.profile.instructionSeconds : 0) };
   }
 
   private work(i: Instruction): Cost {

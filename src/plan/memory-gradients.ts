@@ -148,10 +148,10 @@ export function additiveMask(call: SizedCall): { of: number; bytes: number } | n
 }
 
 /** Temporaries of an op's forward that are gone when it returns, beside its result and what it saves. */
-export function forwardTemporary(call: SizedCall, grad: boolean): number {
+export function forwardTemporary(call: SizedCall, grad: boolean, device: MemoryDevice): number {
   switch (call.op) {
     case "crossEntropyHead":
-      return headTemporary(call, grad);
+      return headTemporary(call, grad, device);
     case "scaledDotProductAttention": {
       const q = call.tensors[0]!;
       const logsumexp = grad ? 0 : (q.elements / q.shape[3]!) * 4;
@@ -181,7 +181,7 @@ export function forwardTemporary(call: SizedCall, grad: boolean): number {
  * Our chunked head, statement by statement (native/kernels/cross_entropy_head.cc): its highest beside the gradients that it
  * returns, which are there from the first chunk's end.
  */
-function headTemporary(call: SizedCall, grad: boolean): number {
+function headTemporary(call: SizedCall, grad: boolean, device: MemoryDevice): number {
   const [x, w] = call.tensors as [SizedValue, SizedValue];
   const [rows, vocabulary] = [x.shape[0]!, w.shape[0]!];
   const chunk = Math.min(rows, call.args[5] as number);
@@ -201,5 +201,9 @@ function headTemporary(call: SizedCall, grad: boolean): number {
   // At the last chunk's softmax its own dx is not there yet; then it makes a weight gradient that is added to the sum, and
   // the chunks of dx are joined.
   const ahead = x.grad ? (x.bytes * (rows % chunk || chunk)) / rows : 0;
-  return Math.max(Math.max(softmax, narrowed) - ahead, product + (w.grad ? w.bytes : 0), x.grad ? x.bytes : 0);
+  // A narrow weight's gradient is summed in float32, and only rounded at the end. A CPU widens each term before it adds.
+  const sum = w.grad && widened ? w.elements * wide : 0;
+  const wider = Math.max(0, sum - w.bytes);
+  const term = product + (w.grad ? w.bytes : 0) + (device === "cpu" ? sum : 0);
+  return Math.max(Math.max(softmax, narrowed) - ahead + wider, term + wider, x.grad ? x.bytes : 0);
 }

@@ -168,7 +168,7 @@ class Pass {
       const mask = additiveMask(call);
       if (records && mask !== null) this.saved[n]!.push(this.heap.allocate(mask.bytes));
       if (saves && !records && mask !== null) this.heap.pass(mask.bytes);
-      if (result === undefined) this.heap.pass(forwardTemporary(call, saves));
+      if (result === undefined) this.heap.pass(forwardTemporary(call, saves, this.device));
       for (const id of records ? call.savedValues : [])
         if (id !== mask?.of) this.saved[n]!.push(this.heap.hold(this.held[id]!));
       this.release(n);

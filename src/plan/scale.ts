@@ -10,6 +10,7 @@ import type { Graph } from "../graph/types.js";
 import { dtypeBytes } from "../graph/value.js";
 import type { ClusterProfile } from "./cluster.js";
 import { allReduceSeconds, type CollectiveTime, type Group, ringSeconds, slowest } from "./collectives.js";
+import { taken } from "./cost-times.js";
 import { type Line, play, type Work } from "./scale-play.js";
 import { type BlockWork, blockWorks, type ScaleRecompute } from "./scale-work.js";
 import type { StateFormat } from "./types.js";
@@ -199,7 +200,7 @@ class Step {
     const cost = block[pass];
     const sums = pass === "forward" ? 0 : block.sum(first) + (count - 1) * block.sum(false);
     const overhead = this.request.cluster.card.instructionSeconds;
-    this.add(count * (cost.seconds + overhead) + sums, []);
+    this.add(count * (taken(cost) + overhead) + sums, []);
     this.memorySeconds += (count * cost.memorySeconds + sums) * this.pace;
     this.flops += count * cost.flops;
     this.done.push(this.works.length - 1);

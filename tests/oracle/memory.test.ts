@@ -21,6 +21,11 @@ describe.skipIf(python === null)("workspace against libtorch's own profile", () 
         dtype: "float32",
         T: 512,
       },
+      {
+        config: decoderConfig({ ...sizes, attentionBias: true, mlpBias: true, lossChunk: 48 }),
+        dtype: "bfloat16",
+        T: 128,
+      },
       { config: decoderConfig({ ...sizes, attentionBias: true, mlpBias: true }), dtype: "bfloat16", T: 128 },
     ] as const;
     const jobs = graphs.flatMap(({ config, dtype, T }) => {

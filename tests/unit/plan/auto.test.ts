@@ -170,9 +170,22 @@ describe("the choice", () => {
     expect(report).toMatchObject({ fits: true, peakHostBytes: 0, bytesToDevicePerStep: 0 });
   });
 
+  it("fuses further on a card that would wait for its host", () => {
+    const fused = (operatorSeconds: number, profile = request.profile) =>
+      planAuto(tiny, {
+        ...request,
+        gradientAccumulationSteps: 16,
+        dims: { B: 1, T: 2048 },
+        profile: { ...profile, operatorSeconds },
+      }).report.microBatch.fused;
+    expect(fused(20e-6)).toBe(8);
+    expect(fused(1e-9)).toBeLessThanOrEqual(2);
+    expect(fused(20e-6, findProfile("cpu"))).toBeLessThanOrEqual(2);
+  });
+
   it("fuses only divisors of the accumulation", () => {
     const { report } = planAuto(tiny, { ...request, gradientAccumulationSteps: 6, dims: { B: 1, T: 1024 } });
-    expect([1, 2, 3]).toContain(report.microBatch.fused);
+    expect([1, 2, 3, 6]).toContain(report.microBatch.fused);
     expect(report.microBatch.fused * report.microBatch.count).toBe(6);
     expect(() => planAuto(tiny, { ...request, gradientAccumulationSteps: 0 })).toThrow(/gradientAccumulationSteps/);
   });

@@ -5,6 +5,7 @@ import { allReduceSeconds, highestOf, ringSeconds, slowest } from "../../../src/
 import { CostModel } from "../../../src/plan/cost.js";
 import { sizedProgram } from "../../../src/plan/cost-calls.js";
 import { fusedTraffic } from "../../../src/plan/cost-fused.js";
+import { taken } from "../../../src/plan/cost-times.js";
 import { type ScaleReport, type ScaleRequest, simulateScale, worksOf } from "../../../src/plan/scale.js";
 import { play, type Work } from "../../../src/plan/scale-play.js";
 import { parseRanks, scaleTable } from "../../../src/plan/scale-table.js";
@@ -74,7 +75,7 @@ describe("bytes on the wire of a rank", () => {
 describe("time of a step", () => {
   const computeBound = (more: Partial<ScaleRequest> = {}) => {
     const works = blockWorks(graph, { ...request, ...more });
-    const passes = works.map((w) => (w.turns ? w.turn.seconds : w.forward.seconds + w.backward.seconds));
+    const passes = works.map((w) => (w.turns ? taken(w.turn) : taken(w.forward) + taken(w.backward)));
     return sum(passes) * (more.microBatches ?? 1);
   };
 

@@ -145,6 +145,19 @@ describe("costs of instructions", () => {
     expect(once).toBe(graphCost(tiny, dims).blocks[(backward as { block: number }).block]!.forwardFlops);
   });
 
+  it("take as long as a host needs to ask a card for them, where that is longer", () => {
+    const calls = tiny.programs[tiny.blocks[1]!.program]!.nodes.length;
+    const forward = step.instructions.find((i) => i.op === "forward" && i.block === 1)!;
+    const seconds = (more: Partial<MachineProfile>) =>
+      new CostModel(tiny, step, dims, { ...round, instructionSeconds: 0, ...more }).of(forward).seconds;
+    const moved = seconds({});
+    expect(seconds({ operatorSeconds: 1e-12 })).toBeCloseTo(moved, 9);
+    expect(seconds({ operatorSeconds: 1 })).toBeCloseTo(2.1 * calls, 6);
+    expect(seconds({ operatorSeconds: 2 })).toBeCloseTo(4.2 * calls, 6);
+    // Processors do what they ask for themselves.
+    expect(seconds({ device: "cpu", operatorSeconds: 1 })).toBeLessThan(calls);
+  });
+
   it("add later micro-batches to the sums: 12 bytes a parameter in fp32, the first 8", () => {
     const elements = blockLayouts(tiny, policy.state)[(backward as { block: number }).block]!.used.reduce(
       (a, b) => a + b,
