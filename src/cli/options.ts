@@ -329,7 +329,7 @@ export const trainOptions = {
     MEMORY,
     ["resident", "auto"],
     "resident: everything on the device; auto: the fastest plan that fits the sizes below",
-    "resident; auto with any of those sizes",
+    "resident; auto with any of those sizes, and on a card",
   ),
   offload: choice(
     MEMORY,

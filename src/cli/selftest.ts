@@ -98,7 +98,11 @@ const ON_A_CARD: TrainerOptions = {
   model: { config: { vocabSize: 260, dim: 512, layers: 6, heads: 8, kvHeads: 4, ffn: 1024, maxPositions: 256 } },
   sequenceLength: 256,
   learningRate: 1e-3,
+  // Else a card's plan is the planner's choice, which may make one micro-batch of several.
+  order: "breadthFirst",
 };
+/** Up to a megabyte of each large block of a card's allocator lies idle: of a peak of 100 MB more than a twentieth may. */
+const IDLE_ON_A_CARD = 8 * 2 ** 20;
 
 const BASE: TrainerOptions = {
   model: { config: { vocabSize: 260, dim: 64, layers: 4, heads: 4, kvHeads: 2, ffn: 128, maxPositions: 64 } },
@@ -253,9 +257,11 @@ const CHECKS: readonly [name: string, check: (bench: Bench) => Promise<Result>][
       const event = run.events.find((e): e is ProfileEvent => e.event === "profile")!;
       const document = JSON.parse(await readFile(event.files[0]!, "utf8")) as { instructions: { endMs: number }[] };
       const off = event.predictedDeviceBytes / event.peakDeviceBytes - 1;
+      const bytesOff = Math.abs(event.predictedDeviceBytes - event.peakDeviceBytes);
+      const within = Math.max(0.05 * event.peakDeviceBytes, bench.onCard ? IDLE_ON_A_CARD : 0);
       const ended = document.instructions.filter((i) => i.endMs > 0).length;
       return {
-        ok: Math.abs(off) <= 0.05 && ended > 0 && ended === document.instructions.length,
+        ok: bytesOff <= within && ended > 0 && ended === document.instructions.length,
         detail:
           `predicted device peak ${(100 * off).toFixed(1)} % off the measured ${formatBytes(event.peakDeviceBytes)}, ` +
           `${ended} of ${document.instructions.length} instructions timed`,

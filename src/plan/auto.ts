@@ -144,7 +144,7 @@ export function searched(graph: Graph, request: PlanRequest, spread: Spread | nu
   const search = new Search(graph, request, limits, spread);
   // Ranks that share blocks have a micro-batch each.
   const most = request.gradientAccumulationSteps / (spread?.shards ?? 1);
-  const fused = fusions(request, mostTokens(graph, request), spread !== null)
+  const fused = fusions(request, spread === null ? mostTokens(graph, request) : MOST_TOKENS, spread !== null)
     .filter((k) => k <= most)
     .slice(0, quick ? 1 : undefined);
   if (fused.length === 0)

@@ -34,7 +34,7 @@ export interface MemoryOptions {
   update?: UpdateOrder;
   /**
    * resident: everything on the device. auto: the fastest plan that fits the budgets. Default "auto" where a budget or
-   * `offload: "auto"` is given.
+   * `offload: "auto"` is given, and on a card, alone, unless an option says what auto chooses.
    */
   plan?: "resident" | "auto";
   /**
@@ -62,6 +62,8 @@ interface Beside {
   order?: Schedule;
   recompute?: Recompute;
   maxGradNorm?: number | null;
+  /** Given: one of several ranks. */
+  ranks?: unknown;
 }
 
 export interface ResolvedMemory {
@@ -77,6 +79,8 @@ export interface ResolvedMemory {
   update: UpdateOrder | null;
   /** null: `offload` says all. */
   plan: "resident" | "auto" | null;
+  /** True: plan auto because nothing was said. */
+  planUnasked: boolean;
   offload: "none" | "host" | "disk" | "auto";
   deviceMemory: number | null;
   hostMemory: number | null;
@@ -143,7 +147,7 @@ function clips(o: MemoryOptions & Beside): Pick<ResolvedMemory, "clip" | "maxGra
 function places(
   o: MemoryOptions & Beside,
   budgets: Pick<ResolvedMemory, "deviceMemory" | "hostMemory" | "disk">,
-): Pick<ResolvedMemory, "plan" | "offload" | "diskFolder"> {
+): Pick<ResolvedMemory, "plan" | "planUnasked" | "offload" | "diskFolder"> {
   const plan = one(o.plan, ["resident", "auto"] as const, "plan");
   const offload = one(o.offload, ["none", "host", "disk", "auto"] as const, "offload");
   const { device, diskFolder = null } = o;
@@ -152,7 +156,9 @@ function places(
   if (plan === "auto" && (offload === "host" || offload === "disk"))
     throw config(`offload ${offload} says where everything lives, plan auto chooses it: leave one out`);
   const budget = Object.values(budgets).some((bytes) => bytes !== null);
-  const chosen = plan === "resident" ? "none" : (offload ?? (plan === "auto" || budget ? "auto" : "none"));
+  const planUnasked = plan === undefined && offload === undefined && !budget && leavesAll(o);
+  const auto = plan === "auto" || budget || planUnasked;
+  const chosen = plan === "resident" ? "none" : (offload ?? (auto ? "auto" : "none"));
   if (device === "cpu" && chosen === "host")
     throw config(
       "offload host moves state out of a device's memory, and on device cpu that is the host's. Offload to a disk, or " +
@@ -167,8 +173,18 @@ function places(
   if (!disk && diskFolder !== null)
     throw config(`diskFolder is given, and nothing goes to disk: say offload disk, or disk with its size`);
   const all = chosen === "auto" ? "auto" : chosen === "none" ? (plan ?? "resident") : null;
-  return { plan: all, offload: chosen, diskFolder };
+  return { plan: all, planUnasked, offload: chosen, diskFolder };
 }
+
+/** On a card, alone, with nothing said of what a plan chooses. */
+const leavesAll = (o: MemoryOptions & Beside): boolean =>
+  o.device.startsWith("cuda") &&
+  o.ranks === undefined &&
+  o.diskFolder === undefined &&
+  o.layersPerBlock === undefined &&
+  o.order === undefined &&
+  o.update === undefined &&
+  o.recompute !== "none";
 
 function schedule(
   o: MemoryOptions & Beside,

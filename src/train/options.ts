@@ -346,9 +346,12 @@ export function savedOptions(
     deviceReason: _reason,
     deviceAsked: device,
     sharedHost: _sharedHost,
+    planUnasked,
     ...kept
   } = o;
   const { steps, epochs, maxGradNorm, ...rest } = kept;
+  // What a card left to the planner is left to whatever goes on.
+  if (planUnasked) for (const name of ["plan", "offload"] as const) delete (rest as Partial<typeof rest>)[name];
   const { kind, weightDecay, ...adamw } = optimizer;
   const plain = Object.fromEntries(Object.entries(rest).filter(([, value]) => value !== null));
   return {

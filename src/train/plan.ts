@@ -220,6 +220,8 @@ function choosePolicy(
   });
   if (o.ranks !== null) return amongRanks(graph, { ...alone, policy: resident }, o, resources, dims, sharesHost);
   if (o.plan === "resident") return { ...alone, policy: resident };
+  if (o.planUnasked && (dims === null || resources.cardBytes === null))
+    return { ...alone, policy: { ...resident, schedule: "breadthFirst" } };
   if (dims === null) throw unknownSizes(graph);
   if (o.plan === null) return { ...alone, policy: streamed(resident, o.offload as "host" | "disk", o, dims) };
   const found = searchPlan(graph, o, resources, dims);

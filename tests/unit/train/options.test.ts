@@ -138,6 +138,19 @@ describe("how state is stored and where it lives", () => {
     expect(() => resolveOptions({ ...base, ...given } as never)).toThrow(why);
   });
 
+  const ranks = { rank: 0, size: 2, address: "a", port: 1, serve: true, prefix: "", joinSeconds: 1, silenceSeconds: 1 };
+  test.each<[given: object, resolved: object]>([
+    [{}, { plan: "auto", offload: "auto", planUnasked: true, order: null, update: null, layersPerBlock: null }],
+    [{ recompute: "all" }, { plan: "auto", recompute: "all" }],
+    [{ order: "depthFirst" }, { plan: "resident", offload: "none", order: "depthFirst" }],
+    [{ recompute: "none" }, { plan: "resident", offload: "none" }],
+    [{ ranks }, { plan: "resident", offload: "none" }],
+    [{ plan: "resident" }, { plan: "resident", offload: "none" }],
+  ])("on a card, %j: the planner chooses unless something of it is said", (given, resolved) => {
+    const card = () => ({ device: "cuda:0", why: null }) as const;
+    expect(resolveOptions({ ...base, ...given } as never, card)).toMatchObject(resolved);
+  });
+
   test.each<[given: object, resolved: object]>([
     [{}, { plan: "resident", offload: "none", update: "end", clip: "global", precision: "float32", dtype: "float32" }],
     [{ dtype: "bfloat16" }, { precision: "bfloat16", dtype: "bfloat16", masterWeight: "float32" }],

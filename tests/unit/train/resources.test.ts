@@ -123,7 +123,7 @@ describe("what a plan may take of it", () => {
     ],
     [
       "cuda",
-      { device: "cuda:0" },
+      { device: "cuda:0", plan: "resident" },
       "cardBytes",
       (p) => p.deviceBytes,
       /of cuda:0's free memory, .*offload or plan auto takes state/,
@@ -173,10 +173,14 @@ describe("what a plan may take of it", () => {
     expect(part.predicted!.peaks.hostBytes).toBeGreaterThan(0);
     expect(() => planned(search, { cardBytes: 1e5, memoryBytes: 1e5 })).toThrow("missing");
     expect(() => planned(search, { cardBytes: null })).toThrow("how much memory cuda:0 has is not told here");
+    // Where nothing was said, everything is tried on the card.
+    const unasked = planned({ device: "cuda:0" }, { cardBytes: null });
+    expect(unasked.facts).toMatchObject({ order: "breadthFirst", update: "end" });
+    expect(unasked.predicted!.peaks.hostBytes).toBe(0);
   });
 
   it("a guessed speed is told with the plan", () => {
-    expect(planned({ device: "cuda:0" }, { guess: "a guess" }).summary).toMatch(/ \(a guess\)$/);
+    expect(planned({ device: "cuda:0" }, { guess: "a guess", cardBytes: 8e9 }).summary).toMatch(/ \(a guess\)$/);
   });
 });
 
