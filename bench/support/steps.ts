@@ -29,6 +29,8 @@ export function decoderBatch(graph: Graph, vocab: number, B: number, T: number, 
 export interface Run {
   tape: Tape;
   session: NativeSession;
+  /** What it took to make room for its state, before it was drawn. */
+  loadSeconds: number;
   /** Of measured steps. */
   seconds: number[];
   /** Of this process, all threads: what is left to compare on a machine that others use too. */
@@ -54,12 +56,15 @@ export async function openRun(
     optimizer: { kind, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weightDecay: 0.1 },
     ...options,
   });
+  const began = performance.now();
   await session.load(graph, tape.placement);
+  const loadSeconds = (performance.now() - began) / 1e3;
   await session.initialize(1);
   let step = 0;
   return {
     tape,
     session,
+    loadSeconds,
     seconds: [],
     processorSeconds: [],
     results: [],

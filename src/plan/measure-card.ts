@@ -1,7 +1,6 @@
 /**
  * What a card does, timed in seconds: products over two heights, its memory, copies to and from pinned memory, attention, and
- * what it takes to begin a kernel or a copy. Through the eager operators, hence the kernels that training runs. Compiled and
- * tried on a processor; no card was at hand.
+ * what it takes to begin a kernel or a copy. Through the eager operators, hence the kernels that training runs.
  */
 import { mkdirSync } from "node:fs";
 import { dirname } from "node:path";

@@ -70,7 +70,8 @@ const card = (
 
 /**
  * Link: 24 GB/s of PCIe 4.0 x16's 32 and 50 of 5.0's 64 from pinned memory, each way. Memory: nine tenths of the sheet's.
- * halfRows is an assumption that small products fill a large card later; none of these figures has been measured by us.
+ * halfRows is an assumption that small products fill a large card later. None of these is measured by us; one H100 that was
+ * (docs/gpu/h100-2026-11-28.md) gave 633, 52 and 50 TFLOP/s, 2.99 TB/s, 48 to 55 GB/s, and 9.4 us an operator beside a slow host.
  */
 const cards: Readonly<Record<string, MachineProfile>> = {
   // NVIDIA RTX A5000 data sheet: 768 GB/s, 27.8 TFLOP/s fp32, 111 bf16 (dense); long products at 230 W reach about 70.
