@@ -53,9 +53,15 @@ STROMA_HD T adamw_moments(const AdamWStep<T>& s, T g, T& m, T& v) {
   v = fused_multiply_add(s.one_minus_beta2 * g, g, v * s.beta2);
   return v;
 }
+// The same, the form chosen without a branch.
 template <typename T>
 STROMA_HD T adamw_moments(const AdamWStep<T>& s, T g, T& m, T& v) {
-  return s.from_moment() ? adamw_moments<true>(s, g, m, v) : adamw_moments<false>(s, g, m, v);
+  const bool from_moment = s.from_moment();
+  g = g * s.gradient_scale;
+  m = fused_multiply_add(from_moment ? s.one_minus_beta1 : s.one_minus_beta1 - static_cast<T>(1), g - m,
+                         from_moment ? m : g);
+  v = fused_multiply_add(s.one_minus_beta2 * g, g, v * s.beta2);
+  return v;
 }
 
 // Second half: the parameter, from the new first moment and the root of the new second one.
@@ -69,15 +75,19 @@ STROMA_HD T adamw_parameter(const AdamWStep<T>& s, T p, T m, T root_of_v) {
 // values are encoded only afterwards. An element whose new second moment is not finite (its gradient is NaN, infinite,
 // or its square overflows) loses its state and keeps its parameter, or one such value would take its whole block along.
 // No bits of PyTorch's are to be met here: the root is the correctly rounded one, and its correction a product.
-template <bool FromMoment>
-STROMA_HD void adamw_quantized(const AdamWStep<float>& s, float g, float& p, float& m, float& v) {
-  const float root = square_root(adamw_moments<FromMoment>(s, g, m, v));
+STROMA_HD void adamw_quantized_weight(const AdamWStep<float>& s, float& p, float& m, float& v) {
+  const float root = square_root(v);
   const float denominator = fused_multiply_add(root, s.inverse_sqrt_correction2, s.epsilon);
   const float updated = p * s.decay + (s.negative_step_size * m) / denominator;  // a decay of 1 changes nothing
   const bool finite = v < __builtin_huge_valf();
   p = finite ? updated : p;
   m = finite ? m : 0.0f;
   v = finite ? v : 0.0f;
+}
+template <bool FromMoment>
+STROMA_HD void adamw_quantized(const AdamWStep<float>& s, float g, float& p, float& m, float& v) {
+  adamw_moments(s, g, m, v);
+  adamw_quantized_weight(s, p, m, v);
 }
 
 }  // namespace stroma

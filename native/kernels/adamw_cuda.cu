@@ -67,8 +67,8 @@ void adamw_cuda(at::Tensor& param, const std::optional<at::Tensor>& master, cons
   }
   const auto s = AdamWStep<float>::make(lr, beta1, beta2, epsilon, weight_decay, step, gradient_scale);
   void* const held = master.has_value() ? master->mutable_data_ptr() : nullptr;
-  WeightPlace weight{param.mutable_data_ptr(), held, {}, 0, false};
-  weight.aligned =
+  WeightPlace weight{param.mutable_data_ptr(), held, {}, 0};
+  const bool whole =
       aligned({weight.param, held, grad.const_data_ptr(), exp_avg.const_data_ptr(), exp_avg_sq.const_data_ptr()});
   if (kind == Weight::stochastic) {
     weight.key = rounding_key(key[0], key[1], key[2]);
@@ -80,12 +80,12 @@ void adamw_cuda(at::Tensor& param, const std::optional<at::Tensor>& master, cons
     with_gradient(grad, [&](const auto* g) {
       if (a.quantized())
         adamw_quantized_kernel<Kind><<<blocks, kThreads, 0, stream>>>(
-            s, g, weight, signed_map_on(param.device()), unsigned_map_on(param.device()),
+            s, g, weight, moment_map_on(param.device()), unsigned_map_on(param.device()),
             exp_avg.mutable_data_ptr<uint8_t>(), exp_avg_sq.mutable_data_ptr<uint8_t>(),
-            absmax1->mutable_data_ptr<float>(), absmax2->mutable_data_ptr<float>(), n);
+            absmax1->mutable_data_ptr<float>(), absmax2->mutable_data_ptr<float>(), n, whole);
       else
         adamw_kernel<Kind><<<blocks, kThreads, 0, stream>>>(s, g, weight, exp_avg.mutable_data_ptr<float>(),
-                                                            exp_avg_sq.mutable_data_ptr<float>(), n);
+                                                            exp_avg_sq.mutable_data_ptr<float>(), n, whole);
     });
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();

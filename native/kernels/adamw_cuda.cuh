@@ -17,33 +17,32 @@ struct WeightPlace {
   void* master;
   PhiloxKey key;
   int64_t first;
-  bool aligned;
 };
 
-template <Weight Kind>
+template <Weight Kind, bool Whole>
 __device__ __forceinline__ void load_weights(const WeightPlace& w, int64_t i, int64_t n, float (&p)[8]) {
   if constexpr (Kind == Weight::plain || Kind == Weight::master) {
     const auto* kept = static_cast<const float*>(Kind == Weight::plain ? w.param : w.master);
-    const Eight<float> all = load_eight(kept, i, n, w.aligned);
+    const Eight<float> all = load_eight<Whole>(kept, i, n);
     STROMA_UNROLL
     for (int k = 0; k < 8; ++k) p[k] = all.at[k];
   } else {
-    const Eight<uint16_t> high = load_eight(static_cast<const uint16_t*>(w.param), i, n, w.aligned);
+    const Eight<uint16_t> high = load_eight<Whole>(static_cast<const uint16_t*>(w.param), i, n);
     Eight<int16_t> low{};
-    if constexpr (Kind == Weight::split) low = load_eight(static_cast<const int16_t*>(w.master), i, n, w.aligned);
+    if constexpr (Kind == Weight::split) low = load_eight<Whole>(static_cast<const int16_t*>(w.master), i, n);
     STROMA_UNROLL
     for (int k = 0; k < 8; ++k)
       p[k] = Kind == Weight::split ? join16(high.at[k], low.at[k]) : bfloat16_to_float(high.at[k]);
   }
 }
 
-template <Weight Kind>
+template <Weight Kind, bool Whole>
 __device__ __forceinline__ void store_weights(const WeightPlace& w, int64_t i, int64_t n, const float (&p)[8]) {
   if constexpr (Kind == Weight::plain || Kind == Weight::master) {
     Eight<float> all;
     STROMA_UNROLL
     for (int k = 0; k < 8; ++k) all.at[k] = p[k];
-    store_eight(static_cast<float*>(Kind == Weight::plain ? w.param : w.master), i, n, w.aligned, all);
+    store_eight<Whole>(static_cast<float*>(Kind == Weight::plain ? w.param : w.master), i, n, all);
   }
   if constexpr (Kind == Weight::plain) return;
   Eight<uint16_t> high;
@@ -59,21 +58,71 @@ __device__ __forceinline__ void store_weights(const WeightPlace& w, int64_t i, i
       high.at[k] = halves.high;
       low.at[k] = halves.low;
     }
-    store_eight(static_cast<int16_t*>(w.master), i, n, w.aligned, low);
+    store_eight<Whole>(static_cast<int16_t*>(w.master), i, n, low);
   }
   if constexpr (Kind == Weight::stochastic) {
     const Uint4 draws = eight_draws(w.key, w.first + i);
     STROMA_UNROLL
     for (int k = 0; k < 8; ++k) high.at[k] = stochastic_bfloat16(p[k], rounding_draw(draws, k));
   }
-  store_eight(static_cast<uint16_t*>(w.param), i, n, w.aligned, high);
+  store_eight<Whole>(static_cast<uint16_t*>(w.param), i, n, high);
 }
 
-template <typename G>
-__device__ __forceinline__ void load_gradient(const G* grad, int64_t i, int64_t n, bool aligned, float (&g)[8]) {
-  const Eight<G> all = load_eight(grad, i, n, aligned);
+template <bool Whole, typename G>
+__device__ __forceinline__ void load_gradient(const G* __restrict__ grad, int64_t i, int64_t n, float (&g)[8]) {
+  const Eight<G> all = load_eight<Whole>(grad, i, n);
   STROMA_UNROLL
   for (int k = 0; k < 8; ++k) g[k] = widen(all.at[k]);
+}
+
+// The correctly rounded root and quotient, as nvcc makes them of __fsqrt_rn and __fdiv_rn where operands are neither
+// tiny nor huge, but without a branch behind each: eight of them are under way at once. `plain`: stays true while they
+// are so.
+__device__ __forceinline__ float plain_root(float x, bool& plain) {
+  plain &= float_bits(x) - 0x0d000000u <= 0x727fffffu;  // from 2^-101 to the largest
+#if defined(__CUDA_ARCH__)
+  float r;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  const float s = x * r;
+  return fused_multiply_add(fused_multiply_add(-s, s, x), r * 0.5f, s);
+#else
+  return square_root(x);
+#endif
+}
+// Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor" (1990).
+__device__ __forceinline__ float plain_quotient(float a, float b, bool& plain) {
+  // |a| from 2^-80 to 2^60 and b from 2^-60 to 2^20: no step leaves the normal numbers.
+  plain &= magnitude_bits(a) - 0x17800000u < 0x5d800000u - 0x17800000u && float_bits(b) - 0x21800000u < 0x28000000u;
+#if defined(__CUDA_ARCH__)
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(b));
+  r = fused_multiply_add(r, fused_multiply_add(-b, r, 1.0f), r);
+  const float q = a * r;
+  return fused_multiply_add(r, fused_multiply_add(-b, q, a), q);
+#else
+  return a / b;
+#endif
+}
+
+// adamw_quantized() of eight.
+__device__ __forceinline__ void adamw_quantized_eight(const AdamWStep<float>& s, const float (&g)[8], float (&p)[8],
+                                                      float (&m)[8], float (&v)[8]) {
+  bool plain = true;
+  float updated[8];
+  STROMA_UNROLL
+  for (int k = 0; k < 8; ++k) {
+    adamw_moments(s, g[k], m[k], v[k]);
+    const float denominator = fused_multiply_add(plain_root(v[k], plain), s.inverse_sqrt_correction2, s.epsilon);
+    updated[k] = p[k] * s.decay + plain_quotient(s.negative_step_size * m[k], denominator, plain);
+  }
+  if (plain) {
+    // A root that is plain is of a finite moment.
+    STROMA_UNROLL
+    for (int k = 0; k < 8; ++k) p[k] = updated[k];
+    return;
+  }
+  STROMA_UNROLL
+  for (int k = 0; k < 8; ++k) adamw_quantized_weight(s, p[k], m[k], v[k]);
 }
 
 // A parameter of double, with moments of double.
@@ -97,58 +146,53 @@ __global__ void adamw_wide_kernel(const AdamWStep<double> s, const G* __restrict
 template <Weight Kind, typename G>
 __global__ void __launch_bounds__(kThreads)
     adamw_kernel(const AdamWStep<float> s, const G* __restrict__ grad, const WeightPlace weight, float* __restrict__ m,
-                 float* __restrict__ v, const int64_t n) {
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x * 8;
-  for (int64_t i = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * 8; i < n; i += stride) {
+                 float* __restrict__ v, const int64_t n, const bool aligned) {
+  each_block(n, aligned, [&](auto whole, int64_t, int64_t i) {
+    constexpr bool Whole = decltype(whole)::value;
     float g[8], p[8];
-    load_gradient(grad, i, n, weight.aligned, g);
-    load_weights<Kind>(weight, i, n, p);
-    Eight<float> m_i = load_eight(m, i, n, weight.aligned), v_i = load_eight(v, i, n, weight.aligned);
+    load_gradient<Whole>(grad, i, n, g);
+    load_weights<Kind, Whole>(weight, i, n, p);
+    Eight<float> m_i = load_eight<Whole>(m, i, n), v_i = load_eight<Whole>(v, i, n);
     STROMA_UNROLL
     for (int k = 0; k < 8; ++k) {
       const float root = square_root(adamw_moments(s, g[k], m_i.at[k], v_i.at[k]));
       p[k] = adamw_parameter(s, p[k], m_i.at[k], root);
     }
-    store_weights<Kind>(weight, i, n, p);
-    store_eight(m, i, n, weight.aligned, m_i);
-    store_eight(v, i, n, weight.aligned, v_i);
-  }
+    store_weights<Kind, Whole>(weight, i, n, p);
+    store_eight<Whole>(m, i, n, m_i);
+    store_eight<Whole>(v, i, n, v_i);
+  });
 }
 
 template <Weight Kind, typename G>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, 2)
     adamw_quantized_kernel(const AdamWStep<float> s, const G* __restrict__ grad, const WeightPlace weight,
-                           const DynamicMap<true>* __restrict__ signed_map,
-                           const DynamicMap<false>* __restrict__ unsigned_map, uint8_t* __restrict__ code1,
-                           uint8_t* __restrict__ code2, float* __restrict__ absmax1, float* __restrict__ absmax2,
-                           const int64_t n) {
-  __shared__ DynamicMap<true> map1;
-  __shared__ DynamicMap<false> map2;
-  copy_map(signed_map, map1);
+                           const MomentMap* __restrict__ moment_map, const UnsignedMap* __restrict__ unsigned_map,
+                           uint8_t* __restrict__ code1, uint8_t* __restrict__ code2, float* __restrict__ absmax1,
+                           float* __restrict__ absmax2, const int64_t n, const bool aligned) {
+  __shared__ MomentMap map1;
+  __shared__ UnsignedMap map2;
+  copy_map(moment_map, map1);
   copy_map(unsigned_map, map2);
-  const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / 32);
-  for (int64_t b = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32; b * kQuantBlock < n;
-       b += warps) {
-    const int64_t i = b * kQuantBlock + threadIdx.x % 32 * 8;
+  each_block(n, aligned, [&](auto whole, int64_t b, int64_t i) {
+    constexpr bool Whole = decltype(whole)::value;
     float g[8], p[8], m[8], v[8];
-    load_gradient(grad, i, n, weight.aligned, g);
-    load_weights<Kind>(weight, i, n, p);
-    const Eight<uint8_t> c1 = load_eight(code1, i, n, weight.aligned), c2 = load_eight(code2, i, n, weight.aligned);
+    load_gradient<Whole>(grad, i, n, g);
+    load_weights<Kind, Whole>(weight, i, n, p);
+    // Beyond the end: zeros, which no block's absmax is taken from.
+    const auto c1 = load_eight<Whole>(code1, i, n, static_cast<uint8_t>(MomentMap::Map::kZero)),
+               c2 = load_eight<Whole>(code2, i, n, static_cast<uint8_t>(UnsignedMap::Map::kZero));
     const float scale1 = absmax1[b], scale2 = absmax2[b];
     STROMA_UNROLL
     for (int k = 0; k < 8; ++k) {
-      // Beyond the end: nothing, which no block's absmax is taken from.
-      m[k] = i + k < n ? map1.value[c1.at[k]] * scale1 : 0.0f;
-      v[k] = i + k < n ? map2.value[c2.at[k]] * scale2 : 0.0f;
-      if (s.from_moment())
-        adamw_quantized<true>(s, g[k], p[k], m[k], v[k]);
-      else
-        adamw_quantized<false>(s, g[k], p[k], m[k], v[k]);
+      m[k] = map1.value[c1.at[k]] * scale1;
+      v[k] = map2.value[c2.at[k]] * scale2;
     }
-    store_weights<Kind>(weight, i, n, p);
-    store_eight(code1, i, n, weight.aligned, encode_eight<true, true>(map1, m, absmax1 + b));
-    store_eight(code2, i, n, weight.aligned, encode_eight<false, false>(map2, v, absmax2 + b));
-  }
+    adamw_quantized_eight(s, g, p, m, v);
+    store_weights<Kind, Whole>(weight, i, n, p);
+    store_eight<Whole>(code1, i, n, encode_eight(map1, m, absmax1 + b));
+    store_eight<Whole>(code2, i, n, encode_eight(map2, v, absmax2 + b));
+  });
 }
 
 }  // namespace stroma

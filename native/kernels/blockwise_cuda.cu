@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <memory>
 #include <mutex>
 #include <vector>
 
@@ -25,19 +26,18 @@ __device__ __forceinline__ float to_float(T x) {
 
 template <bool Signed, typename T>
 __global__ void __launch_bounds__(kThreads)
-    quantize_kernel(const DynamicMap<Signed>* __restrict__ device_map, const T* __restrict__ x,
+    quantize_kernel(const WarpMap<Signed, false>* __restrict__ device_map, const T* __restrict__ x,
                     uint8_t* __restrict__ code, float* __restrict__ absmax, const int64_t n, const bool aligned) {
-  __shared__ DynamicMap<Signed> map;
+  __shared__ WarpMap<Signed, false> map;
   copy_map(device_map, map);
-  const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / 32);
-  for (int64_t b = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32; b * kQuantBlock < n;
-       b += warps) {
-    const int64_t i = b * kQuantBlock + threadIdx.x % 32 * 8;
-    const Eight<T> all = load_eight(x, i, n, aligned);
+  each_block(n, aligned, [&](auto whole, int64_t b, int64_t i) {
+    constexpr bool Whole = decltype(whole)::value;
+    const Eight<T> all = load_eight<Whole>(x, i, n);
     float values[8];
+    STROMA_UNROLL
     for (int k = 0; k < 8; ++k) values[k] = to_float(all.at[k]);
-    store_eight(code, i, n, aligned, encode_eight<Signed, false>(map, values, absmax + b));
-  }
+    store_eight<Whole>(code, i, n, encode_eight(map, values, absmax + b));
+  });
 }
 
 template <typename T>
@@ -82,37 +82,35 @@ void dequantize_cuda(const at::Tensor& code, const at::Tensor& absmax, bool is_s
   });
 }
 
-// Both maps on every device that asked. Never freed: at exit the device may be gone before this would be.
-struct DeviceMaps {
-  at::Tensor signed_bytes, unsigned_bytes;
-};
-template <typename Map>
+template <typename Warp, typename Map>
 at::Tensor upload(const Map& map, c10::Device device) {
-  at::Tensor bytes = at::empty({sizeof(Map)}, at::TensorOptions().dtype(at::kByte).device(device));
+  const auto made = std::make_unique<Warp>();
+  Warp::make(*made, map);
+  at::Tensor bytes = at::empty({sizeof(Warp)}, at::TensorOptions().dtype(at::kByte).device(device));
   // On the current stream, which these bytes may have been freed on a moment ago and which other streams do not wait
   // for; and done, since whoever comes next may be on another.
   const auto stream = c10::cuda::getCurrentCUDAStream(device.index());
-  C10_CUDA_CHECK(cudaMemcpyAsync(bytes.mutable_data_ptr(), &map, sizeof(Map), cudaMemcpyHostToDevice, stream));
+  C10_CUDA_CHECK(cudaMemcpyAsync(bytes.mutable_data_ptr(), made.get(), sizeof(Warp), cudaMemcpyHostToDevice, stream));
   C10_CUDA_CHECK(cudaStreamSynchronize(stream));
   return bytes;
 }
-const DeviceMaps& maps_on(c10::Device device) {
+
+// On every device that asked. Never freed: at exit the device may be gone before this would be.
+template <typename Warp, typename Map>
+const Warp* map_on(const Map& map, c10::Device device) {
   static std::mutex mutex;
-  static auto* maps = new std::vector<DeviceMaps>(64);
+  static auto* maps = new std::vector<at::Tensor>(64);
   const std::lock_guard lock(mutex);
-  DeviceMaps& mine = maps->at(device.index());
-  if (!mine.signed_bytes.defined()) mine = {upload(signed_map(), device), upload(unsigned_map(), device)};
-  return mine;
+  at::Tensor& mine = maps->at(device.index());
+  if (!mine.defined()) mine = upload<Warp>(map, device);
+  return static_cast<const Warp*>(mine.const_data_ptr());
 }
 
 }  // namespace
 
-const DynamicMap<true>* signed_map_on(c10::Device device) {
-  return static_cast<const DynamicMap<true>*>(maps_on(device).signed_bytes.const_data_ptr());
-}
-const DynamicMap<false>* unsigned_map_on(c10::Device device) {
-  return static_cast<const DynamicMap<false>*>(maps_on(device).unsigned_bytes.const_data_ptr());
-}
+const MomentMap* moment_map_on(c10::Device device) { return map_on<MomentMap>(signed_map(), device); }
+const SignedMap* signed_map_on(c10::Device device) { return map_on<SignedMap>(signed_map(), device); }
+const UnsignedMap* unsigned_map_on(c10::Device device) { return map_on<UnsignedMap>(unsigned_map(), device); }
 
 TORCH_LIBRARY_IMPL(stroma, CUDA, m) {
   m.impl("quantize_blockwise_", quantize_cuda);
