@@ -147,6 +147,7 @@ std::map<std::string, at::Tensor> Executor::run(const std::string& name, const B
     for (const int owner : loaded.owners[b])
       if (last_use[owner] == static_cast<int>(b)) flat[owner].reset();
   };
+  Batch moved;
   // By parameter and rank, once: what its owner's rank has lent; here, what came.
   std::map<std::pair<int, int>, at::Tensor> lent;
   for (size_t b = 0; b < graph.blocks.size(); ++b) {
@@ -181,7 +182,10 @@ std::map<std::string, at::Tensor> Executor::run(const std::string& name, const B
         case ProgramInput::Kind::kBatch: {
           const auto it = batch.find(source.name);
           if (it == batch.end()) fail("INVALID_ARGUMENT", "[session] the batch has no input \"", source.name, "\"");
-          inputs.push_back(it->second.to(spec_.device));
+          // Once: a card waits for each copy of what the host's pages hold.
+          const auto [there, fresh] = moved.try_emplace(source.name);
+          if (fresh) there->second = it->second.to(spec_.device);
+          inputs.push_back(there->second);
           break;
         }
         case ProgramInput::Kind::kLossScale: {

@@ -28,9 +28,19 @@ export interface EvaluateResult {
 /** Name of the attached graph in eval mode. */
 export const EVAL = "eval";
 
+/** Ranks that each hold all of the model among themselves, and deal micro-batches out between them. */
+export interface EvaluatingMembers {
+  /** Whose this rank is, of how many. */
+  member: number;
+  members: number;
+  /** Every rank's text. Collective. */
+  gather(mine: string): Promise<string[]>;
+}
+
 /**
- * One pass over the validation split. The same options give the same rows.
+ * One pass over the validation split. The same options give the same rows, and the same bits on however many members.
  * @param graph in eval mode, attached to the session as EVAL
+ * @param among every rank of them calls this; each gets the result
  * @throws DATA when the split has no labelled position; ABORTED by the signal
  */
 export async function evaluateSession(
@@ -38,13 +48,19 @@ export async function evaluateSession(
   graph: Graph,
   dataset: Dataset,
   options: EvaluateOptions,
+  among: EvaluatingMembers | null = null,
 ): Promise<EvaluateResult> {
   const { sequenceLength, microBatchSize, seed = 0, microBatches = Number.POSITIVE_INFINITY, signal } = options;
   const output = lossOutput(graph);
+  const { member, members } = among ?? { member: 0, members: 1 };
   await using stream = await dataset.open({ split: "validation", sequenceLength, microBatchSize, seed });
-  let nats = 0;
-  let tokens = 0;
+  const counts: number[] = [];
+  /** Of this member's micro-batches, one of every round of `members`. */
+  const losses: number[] = [];
+  const run = async (batch: DataBatch): Promise<number> =>
+    scalar((await session.run(EVAL, pickInputs(graph.inputs, batch.tensors, "evaluate")))[output]!);
   let bytes: number | null = 0;
+  let last: DataBatch | null = null;
   let next = stream.next();
   for (let i = 0; i < microBatches; i++) {
     const batch = await next;
@@ -55,15 +71,30 @@ export async function evaluateSession(
       next.catch(() => {}); // it is reported when it is waited for
     }
     if (batch.tokens === 0) continue;
-    const out = await session.run(EVAL, pickInputs(graph.inputs, batch.tensors, "evaluate"));
-    nats += scalar(out[output]!) * batch.tokens;
-    tokens += batch.tokens;
+    last = batch;
     if (bytes !== null) bytes = addBytes(bytes, batch, dataset.tokenizer);
+    if (counts.push(batch.tokens) % members === (member + 1) % members) losses.push(await run(batch));
   }
+  // Members that share blocks gather them together: one whose round lacks a micro-batch runs another's along.
+  if (last !== null && losses.length < Math.ceil(counts.length / members)) losses.push(await run(last));
+  const all = among === null ? [losses] : await lossesByMember(among, losses);
+  let nats = 0;
+  for (const [i, count] of counts.entries()) nats += all[i % members]![Math.floor(i / members)]! * count;
+  const tokens = counts.reduce((sum, count) => sum + count, 0);
   if (tokens === 0)
     throw new StromaError("DATA", `[evaluate] the validation split of ${dataset.name} has no labelled token`);
   const bitsPerByte = bytes === null || bytes === 0 ? null : nats / Math.LN2 / bytes;
   return { loss: nats / tokens, bitsPerByte, tokens };
+}
+
+/** As text: JSON has no NaN. */
+async function lossesByMember({ member, gather }: EvaluatingMembers, losses: number[]): Promise<number[][]> {
+  const by: number[][] = [];
+  for (const text of await gather([member, ...losses].join(" "))) {
+    const [of, ...mine] = text.split(" ").map(Number) as [number, ...number[]];
+    by[of] ??= mine;
+  }
+  return by;
 }
 
 /** The graph's output that is the mean loss of a micro-batch. */

@@ -11,7 +11,7 @@ import { checkRanks } from "../plan/check-ranks.js";
 import { checkTape } from "../plan/checker.js";
 import { chooseContext, contextSizes } from "../plan/context.js";
 import { roundUp } from "../plan/layout.js";
-import { groupsOf, membersOf, replicasOf, shardsOf, sharersOf, stageCount } from "../plan/mesh.js";
+import { groupsOf, memberOf, membersOf, replicasOf, shardsOf, sharersOf, stageCount } from "../plan/mesh.js";
 import { residentPolicy } from "../plan/planner.js";
 import { RANK_LINK } from "../plan/profiles.js";
 import { type TapePeaks, tapePeaks } from "../plan/simulate.js";
@@ -59,6 +59,8 @@ export interface TrainingPlan {
   predict(tape: Tape): Prediction;
   /** Micro-batches of a step's tape that has `count` to run: ranks that share blocks have one each, or equally many. */
   padded(count: number): number;
+  /** Which of the ranks this one is that hold the model among the same stages; one of one without several. */
+  share: { member: number; members: number };
   /** For so many of the device's micro-batches, proved; each number is planned once. Throws TAPE. */
   tapes(microBatches: number): StepTapes;
 }
@@ -146,7 +148,8 @@ export function planTraining(
   const padded = (count: number) => roundUp(Math.max(count, least), unit);
   const guess = resources.guess === null ? "" : ` (${resources.guess})`;
   const summary = summarize(facts, predicted, options, placement) + guess;
-  return { graph: planned, placement, facts, summary, predicted, predict, padded, tapes };
+  const share = { member: policy.stages === undefined ? 0 : memberOf(policy.stages), members };
+  return { graph: planned, placement, facts, summary, predicted, predict, padded, share, tapes };
 }
 
 /** A number too many in a config would else be told as a malformed tape: byte offsets are safe integers. */

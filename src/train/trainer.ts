@@ -479,13 +479,13 @@ class Run {
   }
 
   async #evaluate(step: number): Promise<void> {
-    const { options, open } = this;
+    const { options, open, ranks } = this;
     const { sequenceLength, microBatchSize, evalMicroBatches: microBatches } = options;
-    const result = await evaluateSession(open.requests, open.evalGraph, open.dataset, {
-      sequenceLength,
-      microBatchSize,
-      microBatches,
-    });
+    const { share } = open.plan;
+    const among =
+      ranks === null || share.members === 1 ? null : { ...share, gather: (mine: string) => ranks.gather(mine) };
+    const how = { sequenceLength, microBatchSize, microBatches };
+    const result = await evaluateSession(open.requests, open.evalGraph, open.dataset, how, among);
     this.#evaluated = step;
     await this.#emit({ event: "eval", step, ...result });
   }

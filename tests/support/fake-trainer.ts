@@ -72,6 +72,7 @@ export function fakeParts(faults: FakeFaults = {}, vocabulary = LETTERS.length):
           throw new Error("nothing is predicted here");
         },
         padded: (count) => count,
+        share: { member: 0, members: 1 },
         tapes: (microBatches) => ({ step: tape(microBatches), flush: null }),
       };
     },

@@ -14,6 +14,13 @@ const session = {
     return { loss: { dtype: "float64", shape: [], data: Float64Array.of(loss) } };
   },
 } as unknown as NativeSession;
+const counting = (count: () => void): NativeSession =>
+  ({
+    run: (...args: Parameters<NativeSession["run"]>) => {
+      count();
+      return session.run(...args);
+    },
+  }) as unknown as NativeSession;
 const graph = bigramGraph(16, "eval");
 
 describe("evaluating", () => {
@@ -28,6 +35,53 @@ describe("evaluating", () => {
       expect(other.loss).toBeCloseTo(one.loss, 12);
     }
   });
+
+  test.each([
+    [2, undefined],
+    [3, undefined],
+    [3, 4],
+    [4, 2],
+  ])(
+    "deals micro-batches out to %i members, who run equally many, and has the same bits (of %s)",
+    async (members, microBatches) => {
+      const options = {
+        sequenceLength: 10,
+        microBatchSize: 3,
+        ...(microBatches === undefined ? {} : { microBatches }),
+      };
+      const one = await evaluateSession(session, graph, letters(), options);
+      const runs = Array.from({ length: members }, () => 0);
+      let alone = 0;
+      await evaluateSession(
+        counting(() => alone++),
+        graph,
+        letters(),
+        options,
+      );
+      const texts: string[] = [];
+      let told: (all: string[]) => void;
+      const everyone = new Promise<string[]>((resolve) => {
+        told = resolve;
+      });
+      const gather = (mine: string) => {
+        if (texts.push(mine) === members) told(texts);
+        return everyone;
+      };
+      const results = await Promise.all(
+        runs.map((_, member) =>
+          evaluateSession(
+            counting(() => runs[member]!++),
+            graph,
+            letters(),
+            options,
+            { member, members, gather },
+          ),
+        ),
+      );
+      for (const result of results) expect(result).toEqual(one);
+      expect(runs).toEqual(runs.map(() => Math.ceil(alone / members)));
+    },
+  );
 
   test("ends after so many micro-batches", async () => {
     const options = { sequenceLength: 10, microBatchSize: 4 };
