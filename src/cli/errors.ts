@@ -3,7 +3,7 @@
  * STROMA_DEBUG is set.
  */
 import { type ErrorCode, StromaError } from "../errors.js";
-import { kebab } from "./options.js";
+import { kebab, trainOptions } from "./options.js";
 import { harmless } from "./ui/format.js";
 
 /** Exit statuses of every command; `stroma --help` prints them. */
@@ -63,25 +63,9 @@ export function describeError(error: unknown): { code: string; message: string }
 /** `batchSize 8` -> `--batch-size 8`: option names of the library that have a flag's shape, outside of paths. */
 function flagged(message: string): string {
   return message.replace(/(?<![\w./-])[a-z]+(?:[A-Z][a-zA-Z]*)+(?![\w./-])/g, (name) =>
-    Object.hasOwn(FLAG_SHAPED, name) ? `--${kebab(name)}` : name,
+    Object.hasOwn(trainOptions, name) ? `--${kebab(name)}` : name,
   );
 }
-
-const FLAG_SHAPED: Record<string, true> = {
-  batchSize: true,
-  microBatchSize: true,
-  gradientAccumulationSteps: true,
-  sequenceLength: true,
-  learningRate: true,
-  outputDir: true,
-  sampleEveryNSteps: true,
-  maxGradNorm: true,
-  masterWeight: true,
-  deviceMemory: true,
-  hostMemory: true,
-  diskFolder: true,
-  reduceDtype: true,
-};
 
 export interface ErrorOutputs {
   json: boolean;

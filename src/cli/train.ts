@@ -12,10 +12,10 @@ import { readConfigFile } from "./config-file.js";
 import { type Context, processContext } from "./context.js";
 import { EXIT } from "./errors.js";
 import { launchTraining } from "./launch.js";
-import { distributedPlan } from "./launch-plan.js";
+import { type DistributedPlan, distributedPlan } from "./launch-plan.js";
 import { FirstRankView, joinAndTrain, OtherRankView } from "./launch-rank.js";
 import { checkOptions, kebab, type TrainFlags, trainOptions, yargsOptions } from "./options.js";
-import { makeOutputDir } from "./output-dir.js";
+import { makeOutputDir, removeEmpty } from "./output-dir.js";
 import { StopSignals } from "./signals.js";
 import { didYouMean } from "./suggest.js";
 import { isLive, JsonView, LiveView, type Output, PlainView, QuietView, type View } from "./ui/view.js";
@@ -233,20 +233,35 @@ export const trainCommand: CommandModule<object, Record<string, unknown>> = {
     // Told once, not by every rank.
     if (plan.mode === "launch" && flags.resume === undefined)
       resolveOptions({ ...options, device: deviceOfRanks(flags) });
-    if (first && options.outputDir !== undefined && flags.resume === undefined) await makeOutputDir(options.outputDir);
-    if (plan.mode === "launch") {
-      process.exitCode = await launchTraining({ ...plan, restart: flags.restart }, json);
-      return;
+    const makes = first && options.outputDir !== undefined && flags.resume === undefined;
+    const made = makes ? await makeOutputDir(options.outputDir!) : [];
+    try {
+      process.exitCode =
+        plan.mode === "launch"
+          ? await launchTraining({ ...plan, restart: flags.restart }, json)
+          : await trainHere(options, plan, json, first, context);
+    } finally {
+      await removeEmpty(made);
     }
-    let trainer: RunsOnce | undefined;
-    const view = first
-      ? new FirstRankView(chooseView(json, context), liveOutput(json, context) !== null, () => trainer?.outputDir)
-      : new OtherRankView(context);
-    const { status } = await follow(async () => {
-      const { Trainer } = await import("../train/trainer.js");
-      trainer = plan.mode === "rank" ? await joinAndTrain(options, plan) : new Trainer(options);
-      return trainer;
-    }, view);
-    process.exitCode = status;
   },
 };
+
+/** In this process, alone or as one of several ranks; its exit status. */
+async function trainHere(
+  options: TrainerOptions,
+  plan: Exclude<DistributedPlan, { mode: "launch" }>,
+  json: boolean,
+  first: boolean,
+  context: Context,
+): Promise<number> {
+  let trainer: RunsOnce | undefined;
+  const view = first
+    ? new FirstRankView(chooseView(json, context), liveOutput(json, context) !== null, () => trainer?.outputDir)
+    : new OtherRankView(context);
+  const { status } = await follow(async () => {
+    const { Trainer } = await import("../train/trainer.js");
+    trainer = plan.mode === "rank" ? await joinAndTrain(options, plan) : new Trainer(options);
+    return trainer;
+  }, view);
+  return status;
+}

@@ -2,7 +2,7 @@
  * The training loop. Everything that is not arithmetic hangs on step boundaries here: logging, evaluation, samples,
  * saving, stopping, the learning rate. A step is one call of the engine.
  */
-import { mkdir } from "node:fs/promises";
+import { mkdir, rmdir } from "node:fs/promises";
 import { dirname, join, resolve } from "node:path";
 import { lockFolder, readJson, replaceFile } from "../checkpoint/files.js";
 import { FILES } from "../checkpoint/format.js";
@@ -191,11 +191,11 @@ export class Trainer implements AsyncDisposable {
     const model = this.#parts.resolveModel(options.model);
     const outputDir = resolve(options.outputDir ?? (resumed === null ? join("runs", model.name) : runOf(resumed)));
     this.#outputDir = outputDir;
-    await mkdir(outputDir, { recursive: true });
+    const made = (await mkdir(outputDir, { recursive: true })) !== undefined;
     // One writer of the folder: rank 0, which gives others' parts their places.
     const unlock = first ? await lockFolder(outputDir) : async () => {};
+    const store = new CheckpointStore(outputDir);
     try {
-      const store = new CheckpointStore(outputDir);
       if (first) await store.prepare();
       if (first && resumed === null) await refuseToMix(store);
       const dataset = isDataset(options.data) ? options.data : await this.#parts.openDataset(options.data);
@@ -209,6 +209,8 @@ export class Trainer implements AsyncDisposable {
       }
     } finally {
       await unlock();
+      // A run that was refused leaves no folders behind.
+      if (first) for (const folder of [store.folder, ...(made ? [outputDir] : [])]) await rmdir(folder).catch(() => {});
     }
   }
 

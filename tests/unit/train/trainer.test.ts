@@ -1,5 +1,5 @@
 import { existsSync } from "node:fs";
-import { mkdtemp, readdir, readFile, rm } from "node:fs/promises";
+import { mkdir, mkdtemp, readdir, readFile, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import { afterEach, beforeEach, describe, expect, test } from "vitest";
@@ -60,6 +60,18 @@ describe("a run", () => {
     expect(await readFile(join(outputDir, "loss.svg"), "utf8")).toMatch(
       /^<svg [\s\S]*bigram on letters[\s\S]*<\/svg>\n$/,
     );
+  });
+
+  test("that is refused leaves no folder that was not there", async () => {
+    const openDataset = async () => {
+      throw new StromaError("DATA", "none");
+    };
+    const refuse = () => failure(train({ ...SMALL, outputDir }, { ...fakeParts(), openDataset }));
+    expect((await refuse()).code).toBe("DATA");
+    expect(existsSync(outputDir)).toBe(false);
+    await mkdir(outputDir);
+    await refuse();
+    expect(await readdir(outputDir)).toEqual([]);
   });
 
   test("shows every n-th step and the first and last, and stores all", async () => {
