@@ -78,7 +78,13 @@ describe.skipIf(none !== null).each(devices.length === 0 ? (["cuda:0"] as Device
       ["bfloat16", "int16"],
       ["bfloat16", "float32"],
     ] as const)
-      for (const eight of [true, false]) {
+      for (const [eight, off, first] of [
+        [true, 0, 0],
+        [false, 0, 0],
+        // From an address that is no multiple of 16, and from within a group of draws.
+        [true, 3, 13],
+        [false, 3, 13],
+      ] as const) {
         const weight = randn();
         const gradients = [randn(), randn(), randn()];
         const run = (on: Device): Tensor[] => {
@@ -92,19 +98,24 @@ describe.skipIf(none !== null).each(devices.length === 0 ? (["cuda:0"] as Device
               callOp("stroma::split16_", [twin(weight, on), param, held]);
             }
           }
-          if (on === "cpu") param = callOp("aten::clone", [param]) as Tensor;
-          if (on === "cpu" && held !== null) held = callOp("aten::clone", [held]) as Tensor;
-          const moments = [0, 1].map(() => twin(zeros(N, eight ? "uint8" : "float32"), on)!);
+          /** A copy of its own that begins `off` elements behind where memory begins. */
+          const moved = (t: Tensor): Tensor => {
+            const room = callOp("aten::cat", [[callOp("aten::narrow", [t, 0, 0, off]), t]]) as Tensor;
+            return callOp("aten::narrow", [room, 0, off, N]) as Tensor;
+          };
+          param = moved(param);
+          if (held !== null) held = moved(held);
+          const moments = [0, 1].map(() => moved(twin(zeros(N, eight ? "uint8" : "float32"), on)!));
           const scales = [0, 1].map(() => (eight ? twin(zeros(quarter, "float32"), on)! : null));
           for (const [i, g] of gradients.entries())
             callOp("stroma::adamw_", [
-              ...[param, held, twin(g, on), ...moments, ...scales],
-              ...[1e-2, 0.9, 0.95, 1e-8, 0.1, i + 1, 0.7, [1, i + 1, 2]],
+              ...[param, held, moved(twin(g, on)!), ...moments, ...scales],
+              ...[1e-2, 0.9, 0.95, 1e-8, 0.1, i + 1, 0.7, [1, i + 1, 2, first]],
             ]);
           return [param, ...(held === null ? [] : [held]), ...moments];
         };
         const [cpu, card] = [run("cpu"), run(device)];
-        const label = `${storage} ${master} ${eight ? "8 bits" : "32 bits"}`;
+        const label = `${storage} ${master} ${eight ? "8 bits" : "32 bits"} ${off}`;
         for (const [i, t] of cpu.entries())
           if (eight || t.dtype === "float32") {
             if (eight) expect(equal(t, card[i]!), `${label} ${i}`).toBe(true);
