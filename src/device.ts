@@ -132,7 +132,7 @@ export function chooseDevice(
   if (ranks && asked === "auto")
     return {
       device: "cpu",
-      why: "ranks without a card each (--gpus N or --distributed gives them cards, or says what is missing)",
+      why: "not a card for each rank; --gpus N asks for them",
     };
   if (ranks && asked === "cuda")
     throw new StromaError("CONFIG", "[device] cuda of several ranks would be one card: --gpus N gives each its own");

@@ -413,7 +413,7 @@ export const trainOptions = {
     RANKS,
     1,
     "So many groups of shards hold the same state: shards inside a machine, replicas across",
-    1,
+    "1; --plan auto may take one a rank",
     2,
   ),
   context: count(

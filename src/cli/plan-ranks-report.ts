@@ -10,6 +10,15 @@ const STAGES = {
   interleaved: "each card has two stretches of neighbouring blocks, so that it waits half as long for the others",
 } as const;
 
+function howText({ devices, stages, shards, replicas }: RanksPlan["report"]): string {
+  const each = `${devices} cards, ${shards > 1 ? "sharded" : "replicas"}: each runs all blocks on its part of the batch and holds`;
+  if (shards * replicas === devices && shards > 1)
+    return `${each} a part of every block's state${replicas > 1 ? `, ${replicas} times over` : ""}`;
+  if (replicas === devices) return `${each} everything`;
+  const shared = shards > 1 ? `; ${shards} cards share the state of a block` : "";
+  return `${devices} cards, ${stages} stages: ${STAGES[stages]}${shared}${replicas > 1 ? `; ${replicas} groups of them hold the same` : ""}`;
+}
+
 export function ranksText(name: string, plan: RanksPlan, request: RanksRequest, notes: readonly string[]): string {
   const { report, usable, ranks } = plan;
   const { budget, profile } = request;
@@ -19,9 +28,7 @@ export function ranksText(name: string, plan: RanksPlan, request: RanksRequest, 
   const blocks = ({ blocks: b }: RankReport) => `${b.length} blocks`;
   const lines = [
     ...heading(name, plan, request),
-    report.shards === report.devices
-      ? `${report.devices} cards, sharded: each runs all blocks on its part of the batch and holds a part of every block's state`
-      : `${report.devices} cards, ${report.stages} stages: ${STAGES[report.stages]}${report.shards > 1 ? `; ${report.shards} cards share the state of a block` : ""}`,
+    howText(report),
     ...(report.sharedHost
       ? ["parameters on the host lie in memory that the cards share: each fetches whole blocks from there"]
       : []),

@@ -21,6 +21,7 @@ export interface PlanArguments {
   devices: number;
   stages?: StageRule;
   shards?: number;
+  replicas?: number;
   "shared-host"?: "on" | "off";
   "device-memory"?: string;
   "host-memory"?: string;
@@ -63,6 +64,11 @@ export const planCommand: CommandModule<object, PlanArguments> = {
         shards: {
           type: "number",
           describe: "Only plans in which so many cards share the state of a block. Default: the faster of 1 and all",
+        },
+        replicas: {
+          type: "number",
+          describe:
+            "Only plans in which so many groups of cards hold the same state. Default: 1, or all where a card holds everything",
         },
         "shared-host": {
           choices: ["on", "off"] as const,
@@ -167,8 +173,8 @@ export function plan(args: PlanArguments, machine: ProbeReport | null = probeMac
   if (args.ranks !== undefined) return scalePlan(found, args);
   for (const name of ["shard-group", "network", "compiled"] as const)
     if (args[name] !== undefined) throw new StromaError("CONFIG", `[plan] --${name} is for --ranks`);
-  const { devices, stages, shards, rank } = args;
-  const lone = (["stages", "shards", "rank"] as const).find((name) => args[name] !== undefined);
+  const { devices, stages, shards, replicas, rank } = args;
+  const lone = (["stages", "shards", "replicas", "rank"] as const).find((name) => args[name] !== undefined);
   if (devices === 1 && lone !== undefined)
     throw new StromaError("CONFIG", `[plan] --${lone} is for --devices 2 or more`);
   if (rank !== undefined && (!Number.isSafeInteger(rank) || rank < 0 || rank >= devices))
@@ -190,7 +196,7 @@ export function plan(args: PlanArguments, machine: ProbeReport | null = probeMac
   };
   if (devices > 1) {
     const sharedHost = args["shared-host"] !== "off" && profile.device !== "cpu";
-    const spread = { ...request, devices, stages, shards, sharedHost };
+    const spread = { ...request, devices, stages, shards, replicas, sharedHost };
     const result = planRanksAuto(graph, spread);
     if (args.json) return `${JSON.stringify(result.report)}\n`;
     if (profile.device === "cpu") notes.push("speed is that of ranks which have as many cores each");

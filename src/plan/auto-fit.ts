@@ -176,6 +176,8 @@ class Fitting {
   }
 
   private may(kind: Kind, space: Space3): boolean {
+    // Kept graphs hold parameters from forward to backward.
+    if (kind === "param" && this.shape.recompute === "none") return space === "device";
     if (space === "host") return this.limits.hostBytes > 0;
     if (space === "disk")
       return this.limits.diskBytes > 0 && (kind === "state" || this.homes.state.every((s) => s !== "host"));

@@ -16,6 +16,7 @@ import {
 } from "./auto.js";
 import type { PlacementTable } from "./auto-describe.js";
 import type { RankTapes } from "./auto-fit.js";
+import { blockLayouts } from "./layout.js";
 import { stageOf } from "./mesh.js";
 import type { BoundBy } from "./simulate.js";
 import { assignStages, hasTies, STAGE_RULES, type StageRule, type Ties } from "./stages.js";
@@ -27,6 +28,8 @@ export interface RanksRequest extends PlanRequest {
   stages?: StageRule;
   /** Only so many devices to a block's state. Default: the faster of one and all. */
   shards?: number;
+  /** Only so many copies of it. Default: the faster of one and, of everything on each device, all. */
+  replicas?: number;
   /** Devices read parameters that live on the host from memory in common. Default: where they have memory of their own. */
   sharedHost?: boolean;
 }
@@ -54,6 +57,8 @@ export interface RanksReport extends PlanReport {
   stages: StageRule;
   /** Devices that share the state of a block. */
   shards: number;
+  /** Groups of them that hold the same. */
+  replicas: number;
   /** They read parameters from host memory that they have in common. */
   sharedHost: boolean;
   /** By block. */
@@ -118,29 +123,41 @@ export function planForRank(graph: Graph, request: RanksRequest, rank: number): 
 interface How {
   rule: StageRule;
   shards: number;
+  replicas: number;
   ties?: Ties;
 }
 
 /** Searched in each way, the one to take first. */
-function rulesTried(graph: Graph, { devices, stages, shards, sharedHost, ...request }: RanksRequest) {
+function rulesTried(graph: Graph, { devices, stages, shards, replicas, sharedHost, ...request }: RanksRequest) {
   if (!Number.isSafeInteger(devices) || devices < 2)
     throw new StromaError("CONFIG", `[plan] expected devices to be a whole number of at least 2, got ${devices}`);
-  if (shards !== undefined && (!Number.isSafeInteger(shards) || shards < 1 || devices % shards !== 0))
-    throw new StromaError(
-      "CONFIG",
-      `[plan] ${devices} devices are no whole number of stages of ${shards} shards: ${devices} / ${shards}`,
-    );
+  for (const [count, what] of [
+    [shards, `${shards} shards`],
+    [replicas, `${replicas} replicas`],
+    [(shards ?? 1) * (replicas ?? 1), `${shards} shards x ${replicas} replicas`],
+  ] as const)
+    if (count !== undefined && (!Number.isSafeInteger(count) || count < 1 || devices % count !== 0))
+      throw new StromaError(
+        "CONFIG",
+        `[plan] ${devices} devices are no whole number of stages of ${what}: ${devices} / ${count}`,
+      );
   const rules = stages === undefined ? STAGE_RULES : [stages];
-  const staged = (of: number): How[] => {
-    const all: How[] = (of === devices ? rules.slice(0, 1) : rules).map((rule) => ({ rule, shards: of }));
+  const staged = (of: number, copies: number): How[] => {
+    const shared = { shards: of, replicas: copies };
+    const each = of * copies;
+    const all: How[] = (each === devices ? rules.slice(0, 1) : rules).map((rule) => ({ rule, ...shared }));
     // Breadth-first, two stretches a device are dealt out in turn, too: a tied head may be better off beside the embedding.
-    const together = { rule: "interleaved", shards: of, ties: "together" } as const;
-    const mayBe = of < devices && rules.includes("interleaved") && canBeTogether(graph, devices / of);
+    const together = { rule: "interleaved", ...shared, ties: "together" } as const;
+    const mayBe = each < devices && rules.includes("interleaved") && canBeTogether(graph, devices / each);
     return mayBe ? [...all, together] : all;
   };
-  const may = request.gradientAccumulationSteps >= devices;
-  const ways =
-    shards !== undefined ? staged(shards) : [...staged(1), ...(stages === undefined && may ? staged(devices) : [])];
+  // All devices at every block, each with rows of its own.
+  const may = stages === undefined && request.gradientAccumulationSteps >= devices;
+  const ways = [
+    ...staged(shards ?? 1, replicas ?? 1),
+    ...(may && shards === undefined ? staged(devices / (replicas ?? 1), replicas ?? 1) : []),
+    ...(may && shards === undefined && replicas === undefined && holdsAll(graph, request) ? staged(1, devices) : []),
+  ];
   const tried = ways.map((how) => {
     const shares = sharedHost ?? request.profile.device !== "cpu";
     const search = searched(graph, request, { ranks: devices, ...how, sharedHost: shares });
@@ -149,6 +166,10 @@ function rulesTried(graph: Graph, { devices, stages, shards, sharedHost, ...requ
   const misfit = ({ best }: (typeof tried)[number]) => best.over?.bytes ?? 0;
   return tried.toSorted((a, b) => misfit(a) - misfit(b) || b.best.tokensPerSecond - a.best.tokensPerSecond);
 }
+
+/** Whether a device has room for all of the state: a copy each that waits elsewhere would cost more than parts do. */
+const holdsAll = (graph: Graph, { state, budget }: PlanRequest): boolean =>
+  blockLayouts(graph, state).reduce((sum, block) => sum + block.paramBytes + block.stateBytes, 0) < budget.deviceBytes;
 
 /** Whether blocks that share a parameter leave every one of so many interleaved stages a block. */
 function canBeTogether(graph: Graph, stages: number): boolean {
@@ -159,20 +180,25 @@ function canBeTogether(graph: Graph, stages: number): boolean {
   }
 }
 
-const named = ({ rule, shards, ties }: How, devices: number): string => {
+const named = ({ rule, shards, replicas, ties }: How, devices: number): string => {
   if (shards === devices) return "sharded data parallel";
+  if (replicas === devices) return "replicas";
   const together = ties === "together" ? " with tied blocks on one card" : "";
-  return `${rule} stages${shards > 1 ? ` of ${shards} shards` : ""}${together}`;
+  const each = [...(shards > 1 ? [`${shards} shards`] : []), ...(replicas > 1 ? [`${replicas} replicas`] : [])];
+  if (shards * replicas === devices) return each.join(" x ");
+  return `${rule} stages${each.length > 0 ? ` of ${each.join(" x ")}` : ""}${together}`;
 };
 
-const slower = ({ rule, shards }: How, sharesHost: boolean, by: string): string =>
-  shards > 1
-    ? sharesHost
-      ? `${by}: every card fetches every block, and its gradients cross between cards`
-      : `${by}: every block's parameters and gradients cross between cards`
-    : rule !== "alternating"
-      ? `${by}: a stretch of blocks waits for the stretch before it`
-      : `${by}: every block's output crosses between cards`;
+const slower = ({ rule, shards, replicas }: How, sharesHost: boolean, by: string): string =>
+  replicas > 1 && shards === 1
+    ? `${by}: every block's gradients cross between cards`
+    : shards > 1
+      ? sharesHost
+        ? `${by}: every card fetches every block, and its gradients cross between cards`
+        : `${by}: every block's parameters and gradients cross between cards`
+      : rule !== "alternating"
+        ? `${by}: a stretch of blocks waits for the stretch before it`
+        : `${by}: every block's output crosses between cards`;
 
 /** Whether parameters lie in host memory that the ranks of a plan share. */
 const readsShared = (plan: { ranks: readonly RankPlan[] } | { tapes: readonly RankTapes[] } | null): boolean =>
@@ -184,7 +210,7 @@ const readsShared = (plan: { ranks: readonly RankPlan[] } | { tapes: readonly Ra
 function ranksReport(
   plan: AutoPlan,
   devices: number,
-  { rule: stages, shards }: How,
+  { rule: stages, shards, replicas }: How,
   alternatives: Alternative[],
 ): RanksReport {
   const { report, ranks, policy } = plan;
@@ -212,6 +238,7 @@ function ranksReport(
     devices,
     stages,
     shards,
+    replicas,
     sharedHost: readsShared(plan),
     stagesOf: of,
     bytesBetweenDevicesPerStep: perRank.reduce((sum, r) => sum + r.bytesSentPerStep, 0),

@@ -119,11 +119,13 @@ export function layersMerged(graph: Graph, size: number): Graph {
   return merged;
 }
 
-/** Devices of one machine, which rule gives stages their blocks, and how many devices share each. */
+/** Devices of one machine, which rule gives stages their blocks, how many devices share each, and how many of those there are. */
 export interface Spread {
   ranks: number;
   rule: StageRule;
   shards: number;
+  /** Groups of `shards` devices that hold the same state. */
+  replicas: number;
   /** They read parameters from host memory that they have in common. */
   sharedHost: boolean;
   /** Default: the rule's. */
@@ -131,7 +133,11 @@ export interface Spread {
 }
 
 /** A stage alone never waits for another. */
-const stageCountOf = ({ ranks, shards }: Spread): number => (ranks === shards ? 0.5 : ranks / shards);
+const stageCountOf = (spread: Spread): number =>
+  spread.ranks === sharing(spread) ? 0.5 : spread.ranks / sharing(spread);
+
+/** Devices that a stage has. */
+const sharing = ({ shards, replicas }: Spread): number => shards * replicas;
 
 /**
  * Carries out the search of `planAuto`, over several devices where `spread` says so. `quick`: asks only whether something
@@ -143,14 +149,14 @@ export function searched(graph: Graph, request: PlanRequest, spread: Spread | nu
   const limits = usable(budget);
   const search = new Search(graph, request, limits, spread);
   // Ranks that share blocks have a micro-batch each.
-  const most = request.gradientAccumulationSteps / (spread?.shards ?? 1);
+  const most = request.gradientAccumulationSteps / (spread === null ? 1 : sharing(spread));
   const fused = fusions(request, spread === null ? mostTokens(graph, request) : MOST_TOKENS, spread !== null)
     .filter((k) => k <= most)
     .slice(0, quick ? 1 : undefined);
   if (fused.length === 0)
     throw new StromaError(
       "CONFIG",
-      `[plan] ${spread!.shards} ranks that share blocks need a micro-batch each, and a step has ${request.gradientAccumulationSteps}`,
+      `[plan] ${sharing(spread!)} ranks that share blocks need a micro-batch each, and a step has ${request.gradientAccumulationSteps}`,
     );
   search.resident(whole, layersPerBlock ?? 1, fused);
   const updates: UpdateOrder[] = clip === "global" ? ["forward"] : ["backward"];
@@ -281,16 +287,18 @@ export class Search {
   /** Micro-batches that one forward, one backward takes at a time; null: it is not for these stages. */
   private onePerTurn(graph: Graph, stages: Stages): number | null {
     const { rule } = this.spread!;
-    if (rule === "interleaved" && stretchesOf(stages) !== null) return stageCount(stages);
-    return rule !== "alternating" && isContiguous(graph, stages) ? 1 : null;
+    const groups = this.spread!.replicas;
+    if (rule === "interleaved" && stretchesOf(stages) !== null) return stageCount(stages) * groups;
+    return rule !== "alternating" && isContiguous(graph, stages) ? groups : null;
   }
 
   private stages(graph: Graph): Stages | null {
     if (this.spread === null) return null;
-    const { ranks, rule, shards, sharedHost, ties } = this.spread;
-    const of = assignStages(graph, ranks / shards, rule, ties);
-    const shared = { shards, ...(sharedHost ? ({ sharedHost } as const) : {}) };
-    return { rank: 0, ranks, of, ...(shards > 1 ? shared : {}) };
+    const { ranks, rule, shards, replicas, sharedHost, ties } = this.spread;
+    const of = assignStages(graph, ranks / sharing(this.spread), rule, ties);
+    const host = sharedHost && shards > 1 ? ({ sharedHost } as const) : {};
+    const copies = replicas > 1 ? { replicas } : {};
+    return { rank: 0, ranks, of, ...(sharing(this.spread) > 1 ? { shards, ...copies, ...host } : {}) };
   }
 
   /** Whether every device has a block of it. */
@@ -310,7 +318,7 @@ export class Search {
    */
   private overlaps(fused: number): boolean {
     const { gradientAccumulationSteps: all } = this.request;
-    return this.spread === null || all / fused >= Math.min(all, this.spread.shards * 2 * stageCountOf(this.spread));
+    return this.spread === null || all / fused >= Math.min(all, sharing(this.spread) * 2 * stageCountOf(this.spread));
   }
 
   streamed(

@@ -90,7 +90,7 @@ export interface TrainerOptions extends MemoryOptions {
    * of 1 and all.
    */
   shards?: number;
-  /** Groups of `shards` ranks that hold the same state. Default 1. */
+  /** Groups of `shards` ranks that hold the same state. Default 1; `plan: "auto"` may take one a rank, where each has room. */
   replicas?: number;
   /**
    * Ranks that share every row, each some of its tokens: a divisor of shards x replicas, which it is by default. For rows

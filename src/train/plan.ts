@@ -290,9 +290,11 @@ function amongRanks(
   const asked = (policy: Policy): Chosen => ({ ...alone, policy: { ...policy, stages, ...reduced } });
   if (o.plan === null) return asked(streamed(resident, o.offload as "host" | "disk", o, dims));
   // Boundaries have places, since both ends of a link must know their size.
-  // The planner knows no replicas, and no shared rows.
-  if (o.plan === "resident" || ranks === 1 || replicas > 1 || o.context > 1)
-    return asked({ ...resident, boundary: "device", dims });
+  if (o.plan === "auto" && o.context > 1)
+    throw config(
+      `plan auto knows no rows shared by ranks (context ${o.context}). Say plan resident, or where state lives (offload)`,
+    );
+  if (o.plan === "resident" || ranks === 1) return asked({ ...resident, boundary: "device", dims });
   const budget = budgetOf(o, resources);
   const request = {
     dims,
@@ -305,6 +307,7 @@ function amongRanks(
     stages: o.stages ?? undefined,
     // What is not said is the planner's to choose.
     shards: o.shards ?? undefined,
+    replicas: replicas > 1 ? replicas : undefined,
     sharedHost: sharesHost,
     recompute: o.recompute ?? undefined,
     layersPerBlock: o.layersPerBlock ?? undefined,

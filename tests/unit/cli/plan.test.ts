@@ -87,8 +87,11 @@ describe("stroma plan", () => {
     // A model this small crosses between cards sooner than its boundaries do.
     const free = plan(two, null);
     expect(free).toMatch(/^2 cards, sharded: /m);
-    expect(free).toMatch(
-      /Not taken:\n {2}interleaved stages with tied blocks on one card: [\s\S]*\n {2}alternating stages: /,
+    expect(free).toMatch(/Not taken:\n[\s\S]*\n {2}interleaved stages with tied blocks on one card: /);
+    for (const other of ["replicas", "alternating stages", "one card"]) expect(free).toContain(`\n  ${other}`);
+    expect(plan({ ...two, replicas: 2 }, null)).toMatch(/^2 cards, replicas: each runs all blocks on its part/m);
+    expect(plan({ ...two, devices: 4, shards: 2, replicas: 2 }, null)).toMatch(
+      /^4 cards, sharded: .* state, 2 times over/m,
     );
     const report = JSON.parse(plan({ ...two, json: true }, null)) as RanksReport;
     expect(report).toMatchObject({ fits: true, devices: 2, shards: 2 });
@@ -120,6 +123,11 @@ describe("stroma plan", () => {
     [{ devices: 0 }, /expected --devices to be a whole number of at least 1/],
     [{ rank: 0 }, /--rank is for --devices 2 or more/],
     [{ shards: 2 }, /--shards is for --devices 2 or more/],
+    [{ replicas: 2 }, /--replicas is for --devices 2 or more/],
+    [
+      { devices: 6, shards: 2, replicas: 2 },
+      /6 devices are no whole number of stages of 2 shards x 2 replicas: 6 \/ 4/,
+    ],
     [{ devices: 3, shards: 2 }, /3 devices are no whole number of stages of 2 shards: 3 \/ 2/],
     [{ devices: 2, rank: 2 }, /expected --rank to be one of 0 to 1, got 2/],
     [{ "device-memory": "many" }, /expected --device-memory to be a size like 24GB/],

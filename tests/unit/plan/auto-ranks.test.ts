@@ -124,6 +124,38 @@ describe("small models over several devices", () => {
     );
   });
 
+  it("hold the same where that is asked for, and try it where a card holds everything", () => {
+    for (const [devices, more] of [
+      [2, {}],
+      [4, { stages: "contiguous" }],
+      [4, { shards: 2 }],
+    ] as const) {
+      const found = planRanksAuto(tiny, { ...request, devices, ...more, replicas: 2 });
+      expect(found.report).toMatchObject({ fits: true, replicas: 2 });
+      expect(found.policy.stages).toMatchObject({ replicas: 2, ranks: devices });
+      checkRanks(
+        found.graph,
+        found.ranks.map((r) => r.tapes.step),
+      );
+    }
+    const tried = (deviceBytes: number) =>
+      planRanksAuto(tiny, { ...request, budget: { ...request.budget, deviceBytes } }).report;
+    const named = ({ alternatives, replicas }: ReturnType<typeof tried>) =>
+      replicas > 1 || alternatives.some(({ plan: text }) => text.startsWith("replicas"));
+    expect(named(tried(24e9))).toBe(true);
+    expect(named(tried(8e6))).toBe(false);
+  });
+
+  it("are never fitted with kept graphs whose parameters are elsewhere", () => {
+    // Everything but the sums fits each card: what is over must not leave it.
+    const one = findModel("1b").graph({ mode: "train", dtype: "bfloat16" });
+    const state = { storage: "bfloat16", masterWeight: "none", optimizer: "adamw8bit" } as const;
+    const budget = { deviceBytes: 24e9, hostBytes: 64e9, diskBytes: 0 };
+    const profile = findProfile("rtx4090");
+    const found = planRanksAuto(one, { ...request, state, budget, profile, devices: 2, replicas: 2 });
+    expect(found.report).toMatchObject({ fits: true, replicas: 2 });
+  });
+
   it("keep to the stages asked for: contiguous ones run one forward, one backward", () => {
     const { report } = planRanksAuto(tiny, { ...request, stages: "contiguous" });
     expect(report).toMatchObject({ stages: "contiguous", order: "oneForwardOneBackward" });
