@@ -6,6 +6,16 @@ import { createWriteStream, mkdirSync } from "node:fs";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
 
+const { values } = parseArgs({
+  options: {
+    only: { type: "string" },
+    out: { type: "string", default: `runs/card-check/${new Date().toISOString().slice(0, 19).replaceAll(":", "")}` },
+    help: { type: "boolean", short: "h", default: false },
+  },
+});
+const runs = join(values.out, "runs");
+// Without a card these tests are left out: that is no success.
+const vitest = "nvidia-smi -L && node node_modules/vitest/vitest.mjs run";
 const train =
   "node bin/stroma.js train --sequence-length 512 --micro-batch-size 4 --gradient-accumulation-steps 8 --precision bfloat16";
 const eightBit = "--optimizer adamw8bit --master-weight none --host-memory 64GB";
@@ -13,25 +23,28 @@ const eightBit = "--optimizer adamw8bit --master-weight none --host-memory 64GB"
 const pair = (name, words, host = () => "") => {
   const rank = (r) =>
     `${host(r)}RANK=${r} WORLD_SIZE=2 LOCAL_RANK=${r} LOCAL_WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29544 ` +
-    `${train} --distributed --model 100m --steps 4 ${words} --output-dir runs/card-${name}`;
+    `${train} --distributed --model 100m --steps 4 ${words} --output-dir ${join(runs, name)}`;
   return `${rank(0)} & ${rank(1)}; code=$?; wait $! || code=$?; exit $code`;
 };
 
 /** name: [seconds at the most, command] */
 const CHECKS = {
-  driver: [20, "nvidia-smi; nproc; free -g"],
+  driver: [20, "nvidia-smi && nproc && free -g"],
   doctor: [90, "node bin/stroma.js doctor"],
-  kernels: [90, "vitest run tests/native/kernels-cuda.test.ts"],
-  laws: [240, "vitest run tests/laws/cuda.test.ts"],
+  kernels: [90, `${vitest} tests/native/kernels-cuda.test.ts`],
+  laws: [240, `${vitest} tests/laws/cuda.test.ts`],
   selftest: [120, "node bin/stroma.js selftest memory"],
-  resident: [90, `${train} --model 100m --steps 10 --profile-memory 5 --output-dir runs/card-resident`],
+  resident: [
+    90,
+    `${train} --model 100m --steps 10 --plan resident --profile-memory 5 --output-dir ${join(runs, "resident")}`,
+  ],
   offload: [
     120,
-    `${train} --model 1b --steps 4 ${eightBit} --device-memory 8GB --profile-memory 3 --output-dir runs/card-offload`,
+    `${train} --model 1b --steps 4 ${eightBit} --device-memory 8GB --profile-memory 3 --output-dir ${join(runs, "offload")}`,
   ],
   use: [
     60,
-    "node bin/stroma.js eval --checkpoint runs/card-offload && node bin/stroma.js generate --checkpoint runs/card-offload --prompt 'synthetic star'",
+    `node bin/stroma.js eval --checkpoint ${join(runs, "offload")} && node bin/stroma.js generate --checkpoint ${join(runs, "offload")} --prompt 'synthetic star'`,
   ],
   gloo: [90, pair("gloo", "")],
   nccl: [90, pair("nccl", "--transport nccl", (rank) => `NCCL_HOSTID=rank${rank} NCCL_SOCKET_IFNAME=lo `)],
@@ -43,16 +56,11 @@ const CHECKS = {
   astro: [300, "node bench/run.mjs card --json"],
 };
 
-const { values } = parseArgs({
-  options: {
-    only: { type: "string" },
-    out: { type: "string", default: "runs/card-check" },
-    help: { type: "boolean", short: "h", default: false },
-  },
-});
 if (values.help) {
   console.log(
-    `node scripts/card-check.mjs [--only NAME,NAME] [--out runs/card-check]\n\n${Object.entries(CHECKS)
+    `node scripts/card-check.mjs [--only NAME,NAME] [--out FOLDER, default runs/card-check/<time>]\n\n${Object.entries(
+      CHECKS,
+    )
       .map(([name, [seconds, command]]) => `${name} (${seconds} s)\n  ${command}`)
       .join("\n")}`,
   );
@@ -82,13 +90,20 @@ for (const name of names) {
     detached: true,
   });
   child.stdout.on("data", (data) => say(String(data)));
+  const end = () => process.kill(-child.pid, "SIGKILL");
+  for (const signal of ["SIGINT", "SIGTERM"])
+    process.once(signal, () => {
+      end();
+      process.exit(130);
+    });
   let late = false;
   const timer = setTimeout(() => {
     late = true;
-    process.kill(-child.pid, "SIGKILL");
+    end();
   }, limit * 1000);
   const code = await new Promise((done) => child.on("close", (status, signal) => done(signal ?? status)));
   clearTimeout(timer);
+  for (const signal of ["SIGINT", "SIGTERM"]) process.removeAllListeners(signal);
   rows.push([
     name,
     late ? `not over after ${limit} s` : code === 0 ? "ok" : `ended with ${code}`,
