@@ -88,7 +88,8 @@ describe("alone, launcher or rank", () => {
       mode: "rank",
       timeoutSeconds: 5,
     });
-    expect(planOf({}, { ...RANK, LOCAL_RANK: "1" })).toMatchObject({ device: "cuda:1" });
+    for (const cards of [2, 4])
+      expect(planOf({}, { ...RANK, LOCAL_RANK: "1" }, cards)).toMatchObject({ device: "cuda:1" });
     for (const [flags, env, cards] of [
       [{}, RANK, 1],
       [{}, LAUNCHED, 4],

@@ -152,7 +152,8 @@ describe("small models over several devices", () => {
     const state = { storage: "bfloat16", masterWeight: "none", optimizer: "adamw8bit" } as const;
     const budget = { deviceBytes: 24e9, hostBytes: 64e9, diskBytes: 0 };
     const profile = findProfile("rtx4090");
-    const found = planRanksAuto(one, { ...request, state, budget, profile, devices: 2, replicas: 2 });
+    const size = { dims: { B: 1, T: 512 }, gradientAccumulationSteps: 32, clip: "global" } as const;
+    const found = planRanksAuto(one, { ...size, state, budget, profile, devices: 2, replicas: 2 });
     expect(found.report).toMatchObject({ fits: true, replicas: 2 });
   });
 

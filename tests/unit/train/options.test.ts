@@ -151,6 +151,14 @@ describe("how state is stored and where it lives", () => {
     expect(resolveOptions({ ...base, ...given } as never, card)).toMatchObject(resolved);
   });
 
+  test("what a card left to the planner is left to whatever goes on", () => {
+    const card = () => ({ device: "cuda:0", why: null }) as const;
+    const saved = (given: object) =>
+      savedOptions(resolveOptions({ ...base, ...given } as never, card), null, null).options;
+    for (const name of ["plan", "offload", "planUnasked"]) expect(saved({})).not.toHaveProperty(name);
+    expect(saved({ plan: "auto" })).toMatchObject({ plan: "auto", offload: "auto" });
+  });
+
   test.each<[given: object, resolved: object]>([
     [{}, { plan: "resident", offload: "none", update: "end", clip: "global", precision: "float32", dtype: "float32" }],
     [{ dtype: "bfloat16" }, { precision: "bfloat16", dtype: "bfloat16", masterWeight: "float32" }],
