@@ -17,6 +17,8 @@ export const EXIT = {
   notSetUp: 3,
   /** Ctrl-C (128 + SIGINT): whatever was asked for did not come to its end, so `&&` in a shell stops. */
   interrupted: 130,
+  /** SIGTERM (128 + SIGTERM): saved, and not at its end, so that a scheduler starts it again. */
+  terminated: 143,
 } as const;
 
 const STATUS: Partial<Record<ErrorCode, number>> = {

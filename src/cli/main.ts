@@ -9,7 +9,7 @@ import { EXIT, reportError } from "./errors.js";
 import { camel, kebab } from "./options.js";
 import { didYouMean } from "./suggest.js";
 
-const EPILOGUE = `Exit status: ${EXIT.ok} done, ${EXIT.failed} failed, ${EXIT.usage} wrong command line or config, ${EXIT.notSetUp} native part missing or unfit, ${EXIT.interrupted} Ctrl-C.
+const EPILOGUE = `Exit status: ${EXIT.ok} done, ${EXIT.failed} failed, ${EXIT.usage} wrong command line or config, ${EXIT.notSetUp} native part missing or unfit, ${EXIT.interrupted} Ctrl-C, ${EXIT.terminated} SIGTERM.
 Environment: STROMA_DEBUG=1 shows stacks; STROMA_CACHE, STROMA_LIBTORCH (see stroma setup --help); NO_COLOR.`;
 
 export function packageVersion(): string {

@@ -154,7 +154,7 @@ export function chooseView(json: boolean, context: Context): View {
 
 export interface Finished {
   done: Extract<TrainEvent, { event: "done" }> | null;
-  /** Exit status: 130 after Ctrl-C, 0 after SIGTERM: a supervisor that asks a run to save and end got what it asked. */
+  /** Exit status: 130 after Ctrl-C, 143 after SIGTERM; 0 for a run that took all its steps, whatever came in the end. */
   status: number;
 }
 
@@ -193,8 +193,10 @@ export async function follow(create: () => Promise<RunsOnce>, view: View): Promi
     view.close();
     await trainer?.dispose();
   }
-  return { done, status: signals.received === "SIGINT" && done?.reason !== "steps" ? EXIT.interrupted : EXIT.ok };
+  return { done, status: done?.reason === "steps" ? EXIT.ok : STATUS_AFTER[signals.received ?? "none"] };
 }
+
+const STATUS_AFTER = { SIGINT: EXIT.interrupted, SIGTERM: EXIT.terminated, none: EXIT.ok } as const;
 
 /** Of the first of several ranks. */
 const deviceOfRanks = ({ gpus, distributed, device }: TrainFlags): TrainerOptions["device"] =>
@@ -218,7 +220,7 @@ export const trainCommand: CommandModule<object, Record<string, unknown>> = {
       .example("$0 train --gpus 2 --restart 3", "two cards; after a failure on from the last checkpoint")
       .example("$0 train --json | jq -c 'select(.event==\"eval\")'", "for programs")
       .epilogue(
-        "Ctrl-C finishes the step, saves a checkpoint and ends with status 130; SIGTERM does the same and ends with 0. " +
+        "Ctrl-C finishes the step, saves a checkpoint and ends with status 130, SIGTERM likewise with 143. " +
           "A second one, half a second later, quits at once; the last complete checkpoint stays whole.",
       ) as never,
   handler: async (argv) => {
@@ -258,10 +260,12 @@ async function trainHere(
   const view = first
     ? new FirstRankView(chooseView(json, context), liveOutput(json, context) !== null, () => trainer?.outputDir)
     : new OtherRankView(context);
-  const { status } = await follow(async () => {
+  const { done, status } = await follow(async () => {
     const { Trainer } = await import("../train/trainer.js");
     trainer = plan.mode === "rank" ? await joinAndTrain(options, plan) : new Trainer(options);
     return trainer;
   }, view);
-  return status;
+  // Another rank was asked to stop, and this one with it. Schedulers count each of their processes: none is done.
+  const withAnother = plan.mode === "rank" && plan.spec.launcher !== "stroma" && done?.reason === "interrupted";
+  return status === EXIT.ok && withAnother ? EXIT.terminated : status;
 }

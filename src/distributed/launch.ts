@@ -63,8 +63,8 @@ interface Failure {
 
 /**
  * Runs to the end of all ranks.
- * @returns the exit status: of the first rank that failed (128 + n for one that signal n ended), after a stop 130 where
- * ranks say so, else 0
+ * @returns the exit status: of the first rank that failed (128 + n for one that signal n ended), after a stop 130 or
+ * 143 where ranks say so, else 0
  * @throws INVALID_ARGUMENT for a number of ranks below 1, CONFIG when there is no free port
  */
 export async function launch(options: LaunchOptions): Promise<number> {

@@ -523,6 +523,8 @@ class Run {
     }
     await this.#emit({ event: "done", step: this.#step, reason, loss: this.#loss, seconds, checkpoint });
     await this.#metrics?.flush();
+    // A scheduler may end all ranks where one has ended (srun --kill-on-bad-exit): not before the first has written this.
+    await this.ranks?.gather("done");
   }
 
   /** The step that profileMemory asks for. */

@@ -153,7 +153,7 @@ describe("the end", () => {
     await run.until(pids(2));
     run.child.kill("SIGTERM");
     const { code, stdout, stderr } = await run.ended;
-    expect([code, stderr]).toEqual([0, ""]);
+    expect([code, stderr]).toEqual([143, ""]);
     for (const rank of [0, 1]) expect(stdout).toContain(`rank ${rank} got 1 SIGTERM\n`);
   });
 

@@ -164,6 +164,14 @@ describe.skipIf(!native)("stroma train over ranks", () => {
       }
     });
 
+    test("one of two is asked to stop: both save and say that they are not done", async () => {
+      const runs = await startRanks(args("drained", ENDLESS), { ranks: 2 });
+      await begun(runs[0]!, 3);
+      runs[1]!.kill("SIGTERM");
+      for (const run of runs) expect((await run.ended).code, run.text()).toBe(143);
+      await expectWhole("drained");
+    });
+
     test("a rank that is started again while the others still end meets the next rank 0", async () => {
       const port = 21_000 + (process.pid % 5000);
       const more = ["--rank-timeout", "5", "--save-every-n-steps", "1"];

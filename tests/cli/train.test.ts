@@ -213,7 +213,7 @@ describe.skipIf(!hasNative())("stroma with its engine", () => {
     expect(stdout).not.toContain('"event":"step"');
   });
 
-  it("SIGTERM saves too, and ends with 0", async () => {
+  it("SIGTERM saves too, and ends with 143: a scheduler is to start it again", async () => {
     const running = start([
       "train",
       "--config",
@@ -227,7 +227,7 @@ describe.skipIf(!hasNative())("stroma with its engine", () => {
     await running.until(/"event":"step","step":2,/);
     running.child.kill("SIGTERM");
     const { code, stdout } = await running.ended;
-    expect(code).toBe(0);
+    expect(code).toBe(143);
     const done = checked(stdout).at(-1)!;
     expect(done).toMatchObject({ event: "done", reason: "interrupted" });
     expect(existsSync((done as { checkpoint: string }).checkpoint)).toBe(true);

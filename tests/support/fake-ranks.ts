@@ -80,7 +80,7 @@ const SCENARIOS: Record<string, () => unknown> = {
 
   interrupted() {
     endOn("SIGINT", 130);
-    endOn("SIGTERM", 0);
+    endOn("SIGTERM", 143);
     print(`pid ${process.pid}`);
     forever();
   },
