@@ -42,7 +42,7 @@ export function scalePlan(model: RegisteredModel, args: PlanArguments): string {
     args["device-memory"] === undefined ? cluster.cardBytes : parseSize(args["device-memory"], "--device-memory");
   const precision = args.precision ?? "bfloat16";
   const masterWeight = args["master-weight"] ?? (precision === "bfloat16" ? "float32" : "none");
-  const state: StateFormat = { storage: precision, masterWeight, optimizer: args.optimizer };
+  const state: StateFormat = { storage: precision, masterWeight, optimizer: args.optimizer ?? "adamw" };
   const graph = model.graph({ mode: "train", dtype: precision });
   const dims = { B: args["micro-batch-size"], T: args["sequence-length"] };
   const microBatches = args["gradient-accumulation-steps"];
@@ -67,7 +67,7 @@ export function scalePlan(model: RegisteredModel, args: PlanArguments): string {
     return `${JSON.stringify({ model: model.name, parameters, state, dims, microBatches, compiled, deviceBytes, cluster, rows })}\n`;
   const master = masterWeight === "none" ? "" : `, ${masterWeight} master weights`;
   const lines = [
-    `${model.name}: ${formatInteger(parameters)} parameters in ${precision}${master}, ${args.optimizer}, weights and state sharded`,
+    `${model.name}: ${formatInteger(parameters)} parameters in ${precision}${master}, ${state.optimizer}, weights and state sharded`,
     `a card's step: ${microBatches} micro-batches of ${dims.B} x ${dims.T} tokens; gradients travel as float32`,
     `${cluster.name} cards of ${gigabytes(deviceBytes)}, ${cluster.perNode} a machine; ${gigabytes(cluster.nodeLink)}/s between cards of a machine, ` +
       `${gigabytes(network)}/s of network a card, each way; elementwise work ${compiled ? "in compiled kernels" : "a kernel for each operator"}`,

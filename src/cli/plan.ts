@@ -2,12 +2,14 @@
 import type { CommandModule } from "yargs";
 import { StromaError } from "../errors.js";
 import type { Graph } from "../graph/types.js";
-import { findModel, modelNames } from "../models/registry.js";
+import { findModel, modelNames, type RegisteredModel } from "../models/registry.js";
 import { type ProbeReport, probeMachine } from "../native.js";
-import { type AutoPlan, type PlanRequest, planAuto } from "../plan/auto.js";
+import { type PlanRequest, planAuto } from "../plan/auto.js";
 import { planRanksAuto } from "../plan/auto-ranks.js";
-import { parseSize } from "../plan/budget.js";
+import { parseSize, showSize } from "../plan/budget.js";
+import { stateBytes, stateFormats } from "../plan/formats.js";
 import { readMeasured } from "../plan/measured.js";
+import type { Policy } from "../plan/policy.js";
 import { cardProfile, findProfile, type MachineProfile, profileNames } from "../plan/profiles.js";
 import { STAGE_RULES, type StageRule } from "../plan/stages.js";
 import type { Recompute, StateFormat } from "../plan/types.js";
@@ -29,7 +31,7 @@ export interface PlanArguments {
   "sequence-length": number;
   "micro-batch-size": number;
   "gradient-accumulation-steps": number;
-  optimizer: "adamw" | "adamw8bit";
+  optimizer?: "adamw" | "adamw8bit";
   precision?: "float32" | "float64" | "bfloat16";
   "master-weight"?: StateFormat["masterWeight"];
   clip: PlanRequest["clip"];
@@ -85,14 +87,18 @@ export const planCommand: CommandModule<object, PlanArguments> = {
         "sequence-length": { type: "number", default: 512, describe: "Tokens T of a row" },
         "micro-batch-size": { type: "number", default: 1, describe: "Rows of a micro-batch" },
         "gradient-accumulation-steps": { type: "number", default: 32, describe: "Micro-batches of a step" },
-        optimizer: { choices: ["adamw", "adamw8bit"] as const, default: "adamw" as const, describe: "Optimizer" },
+        optimizer: {
+          choices: ["adamw", "adamw8bit"] as const,
+          describe: "Default: adamw; adamw8bit, a quarter of its bytes, where that does not fit",
+        },
         precision: {
           choices: ["float32", "float64", "bfloat16"] as const,
           describe: "Of parameters and passes. Default: bfloat16 on a card, float32 on a CPU",
         },
         "master-weight": {
           choices: ["none", "split16", "float32"] as const,
-          describe: "Of bfloat16 parameters; none: updates round stochastically. Default: float32",
+          describe:
+            "Of bfloat16 parameters; none: updates round stochastically. Default: float32, or less where that does not fit",
         },
         clip: {
           choices: ["none", "block", "global"] as const,
@@ -138,10 +144,7 @@ export const planCommand: CommandModule<object, PlanArguments> = {
         json: { type: "boolean", describe: "One JSON object instead of text" },
       })
       .example("$0 plan --model tiny", "on this machine")
-      .example(
-        "$0 plan --model astro-13b --device-memory 24GB --host-memory 64GB --optimizer adamw8bit --master-weight none",
-        "13 billion parameters on one card",
-      )
+      .example("$0 plan --model astro-13b --device-memory 24GB --host-memory 64GB", "13 billion parameters on one card")
       .example("$0 plan --model astro-13b --devices 2 --device-memory 24GB --host-memory 64GB", "on two cards")
       .example("$0 plan --model 7b --device-memory 24GB --host-memory 32GB --disk 100GB", "with a disk for the rest")
       .example("$0 plan --model 1b --profile a5000 --device-memory 8GiB --tape | less", "read the schedule")
@@ -181,33 +184,96 @@ export function plan(args: PlanArguments, machine: ProbeReport | null = probeMac
     throw new StromaError("CONFIG", `[plan] expected --rank to be one of 0 to ${devices - 1}, got ${rank}`);
   const notes: string[] = [];
   const profile = profileFor(args, machine, notes);
-  const precision = args.precision ?? (profile.device === "cuda" ? "bfloat16" : "float32");
-  const masterWeight = args["master-weight"] ?? (precision === "bfloat16" ? "float32" : "none");
-  const graph = found.graph({ mode: "train", dtype: precision });
-  const request: PlanRequest = {
+  const base = {
     dims: { B: args["micro-batch-size"], T: args["sequence-length"] },
     gradientAccumulationSteps: args["gradient-accumulation-steps"],
-    state: { storage: precision, masterWeight, optimizer: args.optimizer },
     clip: args.clip,
     recompute: args.recompute,
     layersPerBlock: args["layers-per-block"],
     profile,
     budget: budgetFor(args, profile, machine),
   };
-  if (devices > 1) {
+  const attempt = (graph: Graph, state: StateFormat): Answer => {
+    const request: PlanRequest = { ...base, state };
+    const tape = (text: () => string) => (args.tape ? `\n${text()}` : "");
+    if (devices === 1) {
+      const result = planAuto(graph, request);
+      return {
+        report: result.report,
+        retained: retainedOf(result),
+        text: () =>
+          planText(found.name, result, request, notes) +
+          tape(() => tapeText(result.graph, result.tapes.step, result.simulation)),
+      };
+    }
     const sharedHost = args["shared-host"] !== "off" && profile.device !== "cpu";
     const spread = { ...request, devices, stages, shards, replicas, sharedHost };
     const result = planRanksAuto(graph, spread);
-    if (args.json) return `${JSON.stringify(result.report)}\n`;
-    if (profile.device === "cpu") notes.push("speed is that of ranks which have as many cores each");
-    if (!result.report.fits) notes.push(...leaner(found, request, (g, r) => planRanksAuto(g, { ...spread, ...r })));
-    return ranksText(found.name, result, spread, notes) + (args.tape ? `\n${ranksTapeText(result, rank)}` : "");
+    return {
+      report: result.report,
+      retained: retainedOf(result),
+      text: () => ranksText(found.name, result, spread, notes) + tape(() => ranksTapeText(result, rank)),
+    };
+  };
+  const { report, text, state } = withFormat(found, args, base.budget, profile, attempt, notes);
+  const { storage: precision, masterWeight, optimizer } = state;
+  if (args.json) return `${JSON.stringify({ precision, masterWeight, optimizer, ...report })}\n`;
+  if (devices > 1 && profile.device === "cpu") notes.push("speed is that of ranks which have as many cores each");
+  return text();
+}
+
+const retainedOf = ({ policy }: { policy: Policy }) => (policy.update === "forward" ? policy.retainedDType : null);
+
+const elementsOf = ({ parameters }: Graph): number =>
+  parameters.reduce((sum, { shape }) => sum + shape.reduce((a, b) => a * b, 1), 0);
+
+interface Answer {
+  report: { fits: boolean };
+  /** What gradients are kept in until the global norm is known; null where none is. */
+  retained: string | null;
+  text(): string;
+}
+
+/** The widest format of state that fits, of those that were not given; where none does, the leanest. */
+function withFormat(
+  found: RegisteredModel,
+  args: PlanArguments,
+  { deviceBytes, hostBytes, diskBytes }: PlanRequest["budget"],
+  { device }: MachineProfile,
+  attempt: (graph: Graph, state: StateFormat) => Answer,
+  notes: string[],
+): Answer & { state: StateFormat } {
+  const { precision: storage, "master-weight": masterWeight, optimizer } = args;
+  const formats = stateFormats({ storage, masterWeight, optimizer }, device === "cuda" ? "bfloat16" : "float32");
+  const all = args.devices * deviceBytes + hostBytes + diskBytes;
+  for (const [i, state] of formats.entries()) {
+    const graph = found.graph({ mode: "train", dtype: state.storage });
+    const last = i === formats.length - 1;
+    // A global norm is known when all gradients are: they wait in bfloat16, or what the wider format keeps is lost there.
+    const gradients = args.clip === "global" ? 2 * elementsOf(graph) : 0;
+    if (!last && stateBytes(graph, state) + gradients > all) continue;
+    const answer = attempt(graph, state);
+    const squeezed = i > 0 && answer.retained === "dynamic8";
+    if (!last && (!answer.report.fits || squeezed)) continue;
+    if (i > 0) notes.push(formatNote(found, formats[0]!, state, answer.report.fits));
+    return { ...answer, state };
   }
-  const result = planAuto(graph, request);
-  if (args.json) return `${JSON.stringify(result.report)}\n`;
-  if (!result.report.fits) notes.push(...leaner(found, request, planAuto));
-  const tape = args.tape ? `\n${tapeText(result.graph, result.tapes.step, result.simulation)}` : "";
-  return planText(found.name, result, request, notes) + tape;
+  throw new Error("no format"); // there is always one
+}
+
+/** What was chosen in the stead of what stroma train takes unasked. */
+function formatNote(found: RegisteredModel, first: StateFormat, state: StateFormat, fits: boolean): string {
+  const { storage, masterWeight, optimizer } = state;
+  const flags = [
+    ...(storage === first.storage ? [] : [`--precision ${storage}`]),
+    ...(masterWeight === first.masterWeight ? [] : [`--master-weight ${masterWeight}`]),
+    ...(optimizer === first.optimizer ? [] : [`--optimizer ${optimizer}`]),
+  ].join(" ");
+  const bytes = stateBytes(found.graph({ mode: "train", dtype: first.storage }), first);
+  const wide = `${first.masterWeight === "none" ? first.storage : `${first.masterWeight} master weights`} and ${first.optimizer}`;
+  return fits
+    ? `train with ${flags}: ${wide}, ${showSize(bytes)} of state, do not fit`
+    : `this is with ${flags}; ${wide}, ${showSize(bytes)} of state, fit still less`;
 }
 
 function profileFor(args: PlanArguments, machine: ProbeReport | null, notes: string[]): MachineProfile {
@@ -241,16 +307,4 @@ function budgetFor(args: PlanArguments, profile: MachineProfile, machine: ProbeR
       "[plan] no card is here whose memory could be read. Say --device-memory, e.g. 24GB",
     );
   return { deviceBytes, hostBytes: given("host-memory") ?? memory, diskBytes };
-}
-
-/** What a person may change of the format of state, where nothing fits. */
-function leaner(
-  found: ReturnType<typeof findModel>,
-  request: PlanRequest,
-  planned: (graph: Graph, request: PlanRequest) => AutoPlan,
-): string[] {
-  const state: StateFormat = { storage: "bfloat16", masterWeight: "none", optimizer: "adamw8bit" };
-  if (JSON.stringify(state) === JSON.stringify(request.state)) return [];
-  const lean = planned(found.graph({ mode: "train", dtype: "bfloat16" }), { ...request, state });
-  return lean.report.fits ? ["it does fit with --precision bfloat16 --master-weight none --optimizer adamw8bit"] : [];
 }

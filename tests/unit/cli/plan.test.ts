@@ -25,7 +25,6 @@ const given = (more: Partial<PlanArguments> = {}): PlanArguments => ({
   "sequence-length": 128,
   "micro-batch-size": 1,
   "gradient-accumulation-steps": 4,
-  optimizer: "adamw",
   clip: "global",
   ...more,
 });
@@ -68,10 +67,44 @@ describe("stroma plan", () => {
     expect(plan(given(), machine(null))).toMatch(/^memory .*usable \(64 GB\)$/m);
   });
 
-  it("says by how much nothing fits, what would, and the leaner format that does", () => {
-    const text = plan(given({ "device-memory": "8MB", "host-memory": "7MB", profile: "a5000" }), null);
-    expect(text).toMatch(/It does not fit: [\d.]+ [kM]B are missing\. It fits with/);
-    expect(text).toContain("it does fit with --precision bfloat16 --master-weight none --optimizer adamw8bit");
+  it("says by how much nothing fits, and what would, in the leanest format of those that are open", () => {
+    const none = { "device-memory": "4MB", "host-memory": "3MB", profile: "a5000" } as const;
+    const text = plan(given(none), null);
+    expect(text).toMatch(/in bfloat16, adamw8bit,[\s\S]*It does not fit: [\d.]+ [kM]B are missing\. It fits with/);
+    expect(text).toMatch(/this is with --master-weight none --optimizer adamw8bit; float32 master weights and adamw/);
+    const asked = plan(given({ ...none, optimizer: "adamw", "master-weight": "float32" }), null);
+    expect(asked).toMatch(/float32 master weights, adamw,[\s\S]*It does not fit/);
+    expect(asked).not.toContain("this is with");
+  });
+
+  it("takes the widest format of state that fits, and says with which flags to train so", () => {
+    const json = (more: object) =>
+      JSON.parse(
+        plan(given({ "device-memory": "8MB", profile: "a5000", clip: "none", json: true, ...more }), null),
+      ) as PlanReport & Record<"precision" | "masterWeight" | "optimizer", string>;
+    const formats = (more: object) => {
+      const { fits, precision, masterWeight, optimizer } = json(more);
+      return [fits, precision, masterWeight, optimizer];
+    };
+    // 0.77 M parameters, of which a few vectors keep float32 moments in every format.
+    expect(formats({ "host-memory": "20MB" })).toEqual([true, "bfloat16", "float32", "adamw"]);
+    expect(formats({ "host-memory": "7MB" })).toEqual([true, "bfloat16", "split16", "adamw8bit"]);
+    expect(formats({ "host-memory": "7MB", "master-weight": "none" })).toEqual([true, "bfloat16", "none", "adamw"]);
+    expect(formats({ "host-memory": "7MB", optimizer: "adamw8bit" })[2]).not.toBe("none");
+    const text = plan(given({ "device-memory": "8MB", "host-memory": "7MB", profile: "a5000", clip: "none" }), null);
+    expect(text).toMatch(
+      /^note +train with --master-weight split16 --optimizer adamw8bit: float32 master weights and/m,
+    );
+  });
+
+  it("of astro-13b beside 64 GB one card and two, clipped by the global norm, with nothing else said", () => {
+    const size = { "sequence-length": 512, "gradient-accumulation-steps": 32, json: true } as const;
+    const box = given({ model: "astro-13b", "device-memory": "24GB", "host-memory": "64GB", ...size });
+    expect(JSON.parse(plan(box, null))).toMatchObject({ fits: true, masterWeight: "none", optimizer: "adamw8bit" });
+    const two = JSON.parse(plan({ ...box, devices: 2 }, null)) as RanksReport;
+    expect(two.fits).toBe(true);
+    expect(Math.max(...two.perRank.map((r) => r.peakDeviceBytes))).toBeLessThan(18e9);
+    expect(two.peakHostBytes).toBeLessThan(55e9);
   });
 
   it("plans for several cards: each, all together, and which stages", () => {
