@@ -49,11 +49,14 @@ const SYSTEM: Record<string, string> = {
   EDQUOT: "the disk quota is used up. Free some space and try again",
 };
 
+/** Errors that name options, or the cure by one. */
+const OF_OPTIONS: ReadonlySet<ErrorCode> = new Set(["CONFIG", "OUT_OF_MEMORY"]);
+
 /** Code and message of anything that was thrown. */
 export function describeError(error: unknown): { code: string; message: string } {
   if (error instanceof StromaError) {
     // The library speaks of its options; on the command line they are flags.
-    return { code: error.code, message: error.code === "CONFIG" ? flagged(error.message) : error.message };
+    return { code: error.code, message: OF_OPTIONS.has(error.code) ? flagged(error.message) : error.message };
   }
   const { code, path, message } = error as NodeJS.ErrnoException;
   const known = code === undefined ? undefined : SYSTEM[code];

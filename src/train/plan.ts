@@ -10,6 +10,7 @@ import { type Budget, showSize, usableOf } from "../plan/budget.js";
 import { checkRanks } from "../plan/check-ranks.js";
 import { checkTape } from "../plan/checker.js";
 import { chooseContext, contextSizes } from "../plan/context.js";
+import { stateBytes, stateFormats } from "../plan/formats.js";
 import { roundUp } from "../plan/layout.js";
 import { groupsOf, memberOf, membersOf, replicasOf, shardsOf, sharersOf, stageCount } from "../plan/mesh.js";
 import { residentPolicy } from "../plan/planner.js";
@@ -317,8 +318,11 @@ function amongRanks(
     const { policy, graph: planned, blocksMerged: merged, report } = found;
     return { policy: { ...policy, ...reduced }, graph: planned, merged, fused: report.microBatch.fused };
   }
-  if (o.device !== "cpu" || budget.diskBytes === 0)
-    throw outOfMemory(`over ${ranks} ranks, ${showSize(found.missing!.bytes)} are missing. ${found.missing!.cure}`);
+  if (o.device !== "cpu" || budget.diskBytes === 0) {
+    const { bytes, cure } = found.missing!;
+    const leaner = leanerFormat(graph, o, (state) => planForRank(graph, { ...request, state }, rank).report.fits);
+    throw outOfMemory(`over ${ranks} ranks, ${showSize(bytes)} are missing. ${cure}${leaner}`);
+  }
   const update = o.clip === "global" ? "forward" : "backward";
   return asked(streamed({ ...resident, recompute: "all", update }, "disk", o, dims));
 }
@@ -345,7 +349,7 @@ function searchPlan(
   const budget = budgetOf(o, resources);
   const limit = budget.deviceBytes;
   for (let tries = 0; ; tries++) {
-    const found = planAuto(graph, {
+    const request = {
       dims,
       gradientAccumulationSteps: o.gradientAccumulationSteps,
       state: stateFormat(o),
@@ -354,10 +358,12 @@ function searchPlan(
       layersPerBlock: o.layersPerBlock ?? undefined,
       profile: resources.profile,
       budget: o.device === "cpu" ? { ...budget, diskBytes: 0 } : budget,
-    });
+    };
+    const found = planAuto(graph, request);
     if (!found.report.fits) {
       if (o.device === "cpu" && budget.diskBytes > 0) return null;
-      throw outOfMemory(`${showSize(found.missing!.bytes)} are missing. ${found.missing!.cure}`);
+      const leaner = leanerFormat(graph, o, (state) => planAuto(graph, { ...request, state }).report.fits);
+      throw outOfMemory(`${showSize(found.missing!.bytes)} are missing. ${found.missing!.cure}${leaner}`);
     }
     if (o.device !== "sim") return found;
     // A simulated device has a card's link and a processor's kernels, which take other workspaces than a card's.
@@ -365,6 +371,21 @@ function searchPlan(
     if (over <= 0 || tries === 4) return found;
     budget.deviceBytes -= over * 1.1;
   }
+}
+
+/** For the end of a refusal: the widest leaner format of state, of the same parameters, with which the training fits. */
+function leanerFormat(graph: Graph, o: SettledOptions, fits: (state: StateFormat) => boolean): string {
+  const now = stateFormat(o);
+  const leaner = stateFormats({ storage: o.precision }, o.precision).filter(
+    (format) => stateBytes(graph, format) < stateBytes(graph, now),
+  );
+  const found = leaner.find(fits);
+  if (found === undefined) return "";
+  const words = [
+    ...(found.masterWeight === now.masterWeight ? [] : [`masterWeight ${found.masterWeight}`]),
+    ...(found.optimizer === now.optimizer ? [] : [`optimizer ${found.optimizer}`]),
+  ];
+  return `. As it is, it fits with ${words.join(" and ")}`;
 }
 
 /** As given, else as detected: all there is, of which the planner leaves a margin. */

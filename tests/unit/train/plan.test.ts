@@ -44,6 +44,14 @@ test.each<[extra: TrainerOptions, why: RegExp]>([
   expect(() => planTraining(graphOf(o), o)).toThrow(why);
 });
 
+test("what would fit in a leaner format of state is refused with its name", () => {
+  const tight = { device: "sim", deviceMemory: "1.2MB", hostMemory: "500kB", plan: "auto" } as const;
+  const o = settled(tight);
+  expect(() => planTraining(graphOf(o), o)).toThrow(/missing\. .*As it is, it fits with optimizer adamw8bit/);
+  const lean = settled({ ...tight, optimizer: "adamw8bit" });
+  expect(planTraining(graphOf(lean), lean).predicted!.peaks.hostBytes).toBeLessThanOrEqual(5e5);
+});
+
 test("a model of other dims trains resident, and is refused where sizes are needed", () => {
   const o = settled({});
   const graph = graphOf(o);
