@@ -4,7 +4,7 @@ import { StromaError } from "../errors.js";
 import type { Graph } from "../graph/types.js";
 import { findModel, modelNames, type RegisteredModel } from "../models/registry.js";
 import { type ProbeReport, probeMachine } from "../native.js";
-import { type PlanRequest, planAuto } from "../plan/auto.js";
+import { type AutoPlan, type PlanRequest, planAuto } from "../plan/auto.js";
 import { planRanksAuto } from "../plan/auto-ranks.js";
 import { parseSize, showSize } from "../plan/budget.js";
 import { stateBytes, stateFormats } from "../plan/formats.js";
@@ -200,6 +200,7 @@ export function plan(args: PlanArguments, machine: ProbeReport | null = probeMac
       const result = planAuto(graph, request);
       return {
         report: result.report,
+        missing: result.missing,
         retained: retainedOf(result),
         text: () =>
           planText(found.name, result, request, notes) +
@@ -211,13 +212,17 @@ export function plan(args: PlanArguments, machine: ProbeReport | null = probeMac
     const result = planRanksAuto(graph, spread);
     return {
       report: result.report,
+      missing: result.missing,
       retained: retainedOf(result),
       text: () => ranksText(found.name, result, spread, notes) + tape(() => ranksTapeText(result, rank)),
     };
   };
-  const { report, text, state } = withFormat(found, args, base.budget, profile, attempt, notes);
+  const { report, missing, text, state } = withFormat(found, args, base.budget, profile, attempt, notes);
   const { storage: precision, masterWeight, optimizer } = state;
-  if (args.json) return `${JSON.stringify({ precision, masterWeight, optimizer, ...report })}\n`;
+  if (args.json) {
+    const lacks = missing === null ? {} : { missing: { bytes: missing.bytes, cure: missing.cure } };
+    return `${JSON.stringify({ precision, masterWeight, optimizer, ...report, ...lacks })}\n`;
+  }
   if (devices > 1 && profile.device === "cpu") notes.push("speed is that of ranks which have as many cores each");
   return text();
 }
@@ -229,6 +234,7 @@ const elementsOf = ({ parameters }: Graph): number =>
 
 interface Answer {
   report: { fits: boolean };
+  missing: AutoPlan["missing"];
   /** What gradients are kept in until the global norm is known; null where none is. */
   retained: string | null;
   text(): string;

@@ -16,6 +16,7 @@ import {
 } from "./auto.js";
 import type { PlacementTable } from "./auto-describe.js";
 import type { RankTapes } from "./auto-fit.js";
+import { showSize } from "./budget.js";
 import { blockLayouts } from "./layout.js";
 import { stageOf } from "./mesh.js";
 import type { BoundBy } from "./simulate.js";
@@ -98,7 +99,7 @@ export function planRanksAuto(graph: Graph, request: RanksRequest): RanksPlan {
         ? alone.report.predictedTokensPerSecond > best.tokensPerSecond
           ? "faster: a step is too small for so many cards"
           : `${times(alone.report.predictedTokensPerSecond)}: one card does all the work`
-        : `does not fit: ${alone.missing!.cure}`,
+        : `does not fit by ${showSize(alone.missing!.bytes)}`,
       peakDeviceBytes: alone.report.peakDeviceBytes,
       peakHostBytes: alone.report.peakHostBytes,
       predictedTokensPerSecond: alone.report.predictedTokensPerSecond,

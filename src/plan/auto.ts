@@ -89,7 +89,7 @@ export interface AutoPlan {
   ranks: RankPlan[];
   usable: Budget;
   /** Where nothing fits: bytes that are missing, and what would do. */
-  missing: { bytes: number; cure: string } | null;
+  missing: { readonly bytes: number; readonly cure: string } | null;
 }
 
 /** Where longer device micro-batches gain nothing more, and where most is gained (TAPE.md, section 4). */
@@ -464,7 +464,7 @@ export class Search {
       missing:
         chosen.over === null
           ? null
-          : { bytes: chosen.over.bytes, cure: cureFor(this.graph, this.request, this.spread, chosen) },
+          : lacking(chosen.over.bytes, () => cureFor(this.graph, this.request, this.spread, chosen)),
     };
   }
 
@@ -504,6 +504,18 @@ function slower(a: Timed, chosen: Timed): string {
   if (share > 0.005) return `${(share * 100).toFixed(1)} % slower`;
   const more = a.peaks!.deviceBytes - chosen.peaks!.deviceBytes;
   return more > 0 ? `no faster, and ${showSize(more)} more on the device` : "no faster by more than a hundredth";
+}
+
+/** The cure takes as long as the plan did: it is searched when it is read. */
+function lacking(bytes: number, search: () => string): { readonly bytes: number; readonly cure: string } {
+  let found: string | undefined;
+  return {
+    bytes,
+    get cure() {
+      found ??= search();
+      return found;
+    },
+  };
 }
 
 /** The nearest change of a budget, planned again: it does fit. */

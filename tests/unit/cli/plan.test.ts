@@ -75,6 +75,8 @@ describe("stroma plan", () => {
     const asked = plan(given({ ...none, optimizer: "adamw", "master-weight": "float32" }), null);
     expect(asked).toMatch(/float32 master weights, adamw,[\s\S]*It does not fit/);
     expect(asked).not.toContain("this is with");
+    const { fits, missing } = JSON.parse(plan(given({ ...none, json: true }), null));
+    expect([fits, missing.bytes > 1e5, missing.cure.startsWith("It fits with")]).toEqual([false, true, true]);
   });
 
   it("takes the widest format of state that fits, and says with which flags to train so", () => {
