@@ -6,7 +6,7 @@ import { join } from "node:path";
 import { parseArgs } from "node:util";
 import { root } from "./lib/record.mjs";
 
-const LAWS = ["offload", "corrupt", "plan-true"];
+const LAWS = ["offload", "corrupt", "plan-true", "ranks", "sharding", "shared-host", "context"];
 const { values, tokens } = parseArgs({
   args: process.argv.slice(2),
   options: { cases: { type: "string" }, seed: { type: "string" } },

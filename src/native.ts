@@ -32,8 +32,19 @@ export interface SessionFactory {
   ncclVersion(): string | null;
   /** Where a card sits in its machine, as the driver says it. Throws NOT_SET_UP without a CUDA build or driver. */
   busAddress(card: number): string;
+  /** Of a card by its bus address. `sys`: a tree like /sys, for tests. */
+  memoryNodes(busAddress: string, sys?: string): MemoryNodes;
   /** Ends the engine's threads of the whole process: called once, when it exits. */
   endThreads(): void;
+}
+/** Host memory of a machine of several sockets: a card's copies go to that of its own socket where the system allows it. */
+export interface MemoryNodes {
+  /** Those that have memory. */
+  nodes: number[];
+  /** Where the card hangs; null: not told, or there is one node only. */
+  near: number | null;
+  /** Where a page lies that was asked of it; null: asking is refused. */
+  given: number | null;
 }
 export type NativeAddon = NativeTensorApi & SessionFactory;
 

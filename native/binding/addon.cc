@@ -10,6 +10,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   stroma::export_tensor(env, exports);
   stroma::export_session(env, exports);
   stroma::export_ranks(env, exports);
+  stroma::export_machine(env, exports);
   return exports;
 }
 }  // namespace

@@ -6,7 +6,6 @@
 #include "binding/exports.h"
 #include "binding/lane.h"
 #include "binding/session_decode.h"
-#include "engine/cuda_device.h"
 #include "engine/nccl_links.h"
 
 namespace stroma {
@@ -158,14 +157,6 @@ void export_ranks(Napi::Env env, Napi::Object exports) {
                   const std::string version = engine::nccl::version();
                   if (version.empty()) return info.Env().Null();
                   return Napi::String::New(info.Env(), version);
-                });
-              }));
-  exports.Set("busAddress", Napi::Function::New(env, [](const Napi::CallbackInfo& info) -> Napi::Value {
-                return entry(info, [&]() -> Napi::Value {
-                  if (info.Length() < 1 || !info[0].IsNumber())
-                    throw CodedError("INVALID_ARGUMENT", "[ranks] expected the number of a card");
-                  const auto index = static_cast<c10::DeviceIndex>(info[0].As<Napi::Number>().Int32Value());
-                  return Napi::String::New(info.Env(), engine::cuda::bus_address(at::Device(at::kCUDA, index)));
                 });
               }));
   exports.Set("joinRanks", Napi::Function::New(env, [](const Napi::CallbackInfo& info) -> Napi::Value {

@@ -20,6 +20,7 @@
 #include "engine/copy_queues.h"
 #include "engine/layout.h"
 #include "engine/nccl_links.h"
+#include "engine/numa.h"
 #include "engine/step.h"
 
 namespace stroma::engine::cuda {
@@ -211,6 +212,8 @@ at::Tensor pinned_bytes(int64_t bytes) {
   void* data = ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (data == MAP_FAILED) fail("OUT_OF_MEMORY", "[cuda] the operating system refused ", size, " bytes of host memory");
   ::madvise(data, size, MADV_HUGEPAGE);
+  const int node = numa::node_of(bus_address(at::Device(at::kCUDA, c10::cuda::current_device())));
+  if (node >= 0) numa::prefer(data, size, node);
   // Pinning would fault all pages in on one thread: seconds for every ten gigabytes.
   at::parallel_for(0, static_cast<int64_t>(size), 64 << 20, [data](int64_t from, int64_t to) {
     for (int64_t at = from; at < to; at += kPage) static_cast<volatile char*>(data)[at] = 0;

@@ -15,6 +15,7 @@
 #include "engine/error.h"
 #include "engine/host_allocator.h"
 #include "engine/layout.h"
+#include "engine/numa.h"
 
 namespace stroma::engine {
 namespace {
@@ -74,7 +75,8 @@ Verdict understood(const std::string& text) {
   return verdict;
 }
 
-at::Tensor map(int fd, int64_t bytes, bool pinned, Verdict& verdict) {
+// nodes: of memory, for who maps it first; the policy is the file's from then on.
+at::Tensor map(int fd, int64_t bytes, bool pinned, Verdict& verdict, const std::vector<int>& nodes = {}) {
   const auto size = static_cast<size_t>(bytes);
   void* data = ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   if (data == MAP_FAILED) {
@@ -84,6 +86,7 @@ at::Tensor map(int fd, int64_t bytes, bool pinned, Verdict& verdict) {
     return {};
   }
   ::madvise(data, size, MADV_HUGEPAGE);
+  if (nodes.size() > 1) numa::interleave(data, size, nodes);
   if (pinned) {
     try {
       cuda::pin(data, bytes);
@@ -162,7 +165,7 @@ at::Tensor shared_bytes(Ranks& ranks, const std::vector<int>& members, int64_t p
     // Open until all have it: what is mapped needs no descriptor.
     std::string offer;
     const File file(create(bytes, verdict, offer));
-    if (verdict.code == nullptr) mapped = map(file.get(), bytes, pinned, verdict);
+    if (verdict.code == nullptr) mapped = map(file.get(), bytes, pinned, verdict, numa::nodes());
     if (verdict.code != nullptr) offer.clear();
     for (const int member : members)
       if (member != self) say(ranks, member, offer);

@@ -1,9 +1,10 @@
 /** The half of `stroma doctor` that may crash: one JSON line when a link begins and one when it ends. */
 import { readFileSync, writeSync } from "node:fs";
 import { type Device, machineFacts, visibleCards, whyNoCard } from "../device.js";
-import { currentBuild, loadAddon } from "../native.js";
+import { currentBuild, loadAddon, type MemoryNodes } from "../native.js";
 import type { Batch } from "../train/native-session.js";
 import type { Check, ChildLine, ChildLink } from "./doctor.js";
+import { besideCards } from "./doctor-nodes.js";
 
 type Result = Omit<Check, "name"> & { cudaDevices?: number };
 const SETUP = "npx stroma setup";
@@ -85,10 +86,13 @@ async function gpu(): Promise<Result> {
   const driver = facts.probe?.driver ?? null;
   if (works > 0) {
     const out = cards.filter((c) => c.unusable !== null).map((c) => `${c.device} is left out: ${c.unusable}`);
+    const beside = besideCards(
+      cards.filter((c) => c.unusable === null).map(({ device }) => ({ device, ...nodesOf(device) })),
+    );
     return {
       ok: true,
-      detail: [`CUDA ${cuda} runs on ${works} GPU, driver ${driver?.version}`, ...out].join("; "),
-      cure: null,
+      detail: [`CUDA ${cuda} runs on ${works} GPU, driver ${driver?.version}`, ...beside.detail, ...out].join("; "),
+      cure: beside.cure,
       cudaDevices: works,
     };
   }
@@ -97,6 +101,11 @@ async function gpu(): Promise<Result> {
     detail: `CUDA build, ${driver === null ? "no driver" : `driver ${driver.version}, but no GPU runs`}: ${why}`,
     cure: `training runs on the CPU; ${none === null ? `for a GPU install an NVIDIA driver that runs CUDA ${cuda}` : `for a GPU: ${String(none.details.cure)}`}`,
   };
+}
+
+function nodesOf(device: Device): MemoryNodes {
+  const addon = loadAddon();
+  return addon.memoryNodes(addon.busAddress(Number(device.split(":")[1])));
 }
 
 /** Which NCCL ranks on cards would exchange over; without it they train all the same, over Gloo. */
