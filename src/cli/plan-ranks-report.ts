@@ -10,13 +10,14 @@ const STAGES = {
   interleaved: "each card has two stretches of neighbouring blocks, so that it waits half as long for the others",
 } as const;
 
-function howText({ devices, stages, shards, replicas }: RanksPlan["report"]): string {
-  const each = `${devices} cards, ${shards > 1 ? "sharded" : "replicas"}: each runs all blocks on its part of the batch and holds`;
+function howText({ devices, stages, shards, replicas, context }: RanksPlan["report"]): string {
+  const part = context === 1 ? "its part of the batch" : `1/${context} of each row`;
+  const each = `${devices} cards, ${shards > 1 ? "sharded" : "replicas"}: each runs all blocks on ${part} and holds`;
   if (shards * replicas === devices && shards > 1)
     return `${each} a part of every block's state${replicas > 1 ? `, ${replicas} times over` : ""}`;
   if (replicas === devices) return `${each} everything`;
   const shared = shards > 1 ? `; ${shards} cards share the state of a block` : "";
-  return `${devices} cards, ${stages} stages: ${STAGES[stages]}${shared}${replicas > 1 ? `; ${replicas} groups of them hold the same` : ""}`;
+  return `${devices} cards, ${stages} stages: ${STAGES[stages]}${shared}${replicas > 1 ? `; ${replicas} groups of them hold the same` : ""}${context > 1 ? `; ${context} cards share each row` : ""}`;
 }
 
 export function ranksText(name: string, plan: RanksPlan, request: RanksRequest, notes: readonly string[]): string {
@@ -57,6 +58,11 @@ export function ranksText(name: string, plan: RanksPlan, request: RanksRequest, 
     `time      ${seconds(report.predictedStepSeconds)} a step, ${formatInteger(Math.round(report.predictedTokensPerSecond))} tokens/s predicted on ${report.devices} x ${profile.name}; bound by ${BOUND[report.boundBy]}`,
     `bubble    ${percent(report.bubble)} of the cards' time nothing is computed`,
     `between   ${gigabytes(report.bytesBetweenDevicesPerStep)} from card to card a step, at ${gigabytes(link)}/s each way${profile.rankLink === undefined ? " (assumed)" : ""}`,
+    ...(report.context > 1
+      ? [
+          `rows      ${gigabytes(report.perRank.reduce((sum, r) => sum + r.contextBytesPerStep, 0))} more inside passes, of rows that cards share`,
+        ]
+      : []),
     ...report.perRank.flatMap((r) => [
       `rank ${r.rank}    ${blocks(r)}; ${busyText(ranks[r.rank]!.simulation, report.predictedStepSeconds)}; bubble ${percent(r.bubble)}`,
       `          host ${gigabytes(r.peakHostBytes)}; a step ${gigabytes(r.bytesToDevicePerStep)} to the device, ${gigabytes(r.bytesFromDevicePerStep)} from it, ` +

@@ -1,19 +1,19 @@
 /** `stroma plan`: whether a model trains on a machine, where every byte would live, and how fast. Needs no libtorch. */
 import type { CommandModule } from "yargs";
 import { StromaError } from "../errors.js";
-import type { Graph } from "../graph/types.js";
-import { findModel, modelNames, type RegisteredModel } from "../models/registry.js";
+import { findModel, modelNames } from "../models/registry.js";
 import { type ProbeReport, probeMachine } from "../native.js";
-import { type AutoPlan, type PlanRequest, planAuto } from "../plan/auto.js";
+import { type PlanReport, type PlanRequest, planAuto } from "../plan/auto.js";
 import { planRanksAuto } from "../plan/auto-ranks.js";
 import { parseSize, showSize } from "../plan/budget.js";
-import { stateBytes, stateFormats } from "../plan/formats.js";
+import { contextOn } from "../plan/context.js";
+import { stateFormats } from "../plan/formats.js";
 import { readMeasured } from "../plan/measured.js";
-import type { Policy } from "../plan/policy.js";
 import { cardProfile, findProfile, type MachineProfile, profileNames } from "../plan/profiles.js";
 import { STAGE_RULES, type StageRule } from "../plan/stages.js";
 import type { Recompute, StateFormat } from "../plan/types.js";
 import { processMemory } from "../train/resources.js";
+import { type Way, widestThatFits } from "./plan-format.js";
 import { ranksTapeText, ranksText } from "./plan-ranks-report.js";
 import { planText, tapeText } from "./plan-report.js";
 import { scalePlan } from "./plan-scale.js";
@@ -24,6 +24,7 @@ export interface PlanArguments {
   stages?: StageRule;
   shards?: number;
   replicas?: number;
+  context?: number;
   "shared-host"?: "on" | "off";
   "device-memory"?: string;
   "host-memory"?: string;
@@ -71,6 +72,11 @@ export const planCommand: CommandModule<object, PlanArguments> = {
           type: "number",
           describe:
             "Only plans in which so many groups of cards hold the same state. Default: 1, or all where a card holds everything",
+        },
+        context: {
+          type: "number",
+          describe:
+            "Cards that share each row: its tokens, and with them the memory of passes, are dealt out. Default: 1",
         },
         "shared-host": {
           choices: ["on", "off"] as const,
@@ -166,6 +172,7 @@ export function plan(args: PlanArguments, machine: ProbeReport | null = probeMac
     "gradient-accumulation-steps",
     "layers-per-block",
     "shard-group",
+    "context",
   ] as const)
     if (args[name] !== undefined && (!Number.isSafeInteger(args[name]) || args[name] < 1))
       throw new StromaError(
@@ -176,110 +183,86 @@ export function plan(args: PlanArguments, machine: ProbeReport | null = probeMac
   if (args.ranks !== undefined) return scalePlan(found, args);
   for (const name of ["shard-group", "network", "compiled"] as const)
     if (args[name] !== undefined) throw new StromaError("CONFIG", `[plan] --${name} is for --ranks`);
-  const { devices, stages, shards, replicas, rank } = args;
-  const lone = (["stages", "shards", "replicas", "rank"] as const).find((name) => args[name] !== undefined);
+  const { devices, stages, shards, replicas, context = 1, rank } = args;
+  const lone = (["stages", "shards", "replicas", "context", "rank"] as const).find((name) => args[name] !== undefined);
   if (devices === 1 && lone !== undefined)
     throw new StromaError("CONFIG", `[plan] --${lone} is for --devices 2 or more`);
   if (rank !== undefined && (!Number.isSafeInteger(rank) || rank < 0 || rank >= devices))
     throw new StromaError("CONFIG", `[plan] expected --rank to be one of 0 to ${devices - 1}, got ${rank}`);
   const notes: string[] = [];
   const profile = profileFor(args, machine, notes);
-  const base = {
-    dims: { B: args["micro-batch-size"], T: args["sequence-length"] },
-    gradientAccumulationSteps: args["gradient-accumulation-steps"],
-    clip: args.clip,
-    recompute: args.recompute,
-    layersPerBlock: args["layers-per-block"],
-    profile,
-    budget: budgetFor(args, profile, machine),
-  };
-  const attempt = (graph: Graph, state: StateFormat): Answer => {
-    const request: PlanRequest = { ...base, state };
-    const tape = (text: () => string) => (args.tape ? `\n${text()}` : "");
-    if (devices === 1) {
-      const result = planAuto(graph, request);
-      return {
-        report: result.report,
-        missing: result.missing,
-        retained: retainedOf(result),
-        text: () =>
-          planText(found.name, result, request, notes) +
-          tape(() => tapeText(result.graph, result.tapes.step, result.simulation)),
+  const budget = budgetFor(args, profile, machine);
+  const rows = { B: args["micro-batch-size"], T: args["sequence-length"] };
+  const sharedHost = args["shared-host"] !== "off" && profile.device !== "cpu";
+  const tape = (text: () => string) => (args.tape ? `\n${text()}` : "");
+  const sharing = (context: number): Way => ({
+    graph(dtype) {
+      const graph = found.graph({ mode: "train", dtype });
+      if (context === 1) return graph;
+      return found.graph({ mode: "train", dtype, context: contextOn(graph, rows, context, profile) });
+    },
+    planned(graph, state) {
+      const request: PlanRequest = {
+        dims: { ...rows, T: rows.T / context },
+        gradientAccumulationSteps: args["gradient-accumulation-steps"],
+        ...{ state, profile, budget, clip: args.clip, recompute: args.recompute },
+        layersPerBlock: args["layers-per-block"],
       };
-    }
-    const sharedHost = args["shared-host"] !== "off" && profile.device !== "cpu";
-    const spread = { ...request, devices, stages, shards, replicas, sharedHost };
-    const result = planRanksAuto(graph, spread);
-    return {
-      report: result.report,
-      missing: result.missing,
-      retained: retainedOf(result),
-      text: () => ranksText(found.name, result, spread, notes) + tape(() => ranksTapeText(result, rank)),
-    };
-  };
-  const { report, missing, text, state } = withFormat(found, args, base.budget, profile, attempt, notes);
+      if (devices === 1) {
+        const result = planAuto(graph, request);
+        const { graph: merged, tapes, simulation } = result;
+        const text = () =>
+          planText(found.name, result, request, notes) + tape(() => tapeText(merged, tapes.step, simulation));
+        return { result, text };
+      }
+      const spread = { ...request, devices, stages, shards, replicas, context, sharedHost };
+      const result = planRanksAuto(graph, spread);
+      const whole = { ...spread, dims: rows };
+      return {
+        result,
+        text: () => ranksText(found.name, result, whole, notes) + tape(() => ranksTapeText(result, rank)),
+      };
+    },
+  });
+  const room = devices * budget.deviceBytes + budget.hostBytes + budget.diskBytes;
+  const wish = { storage: args.precision, masterWeight: args["master-weight"], optimizer: args.optimizer };
+  const formats = stateFormats(wish, profile.device === "cuda" ? "bfloat16" : "float32");
+  const { result, text, state } = widestThatFits(sharing(context), formats, room, args.clip, notes);
+  const { report, missing } = result;
   const { storage: precision, masterWeight, optimizer } = state;
   if (args.json) {
     const lacks = missing === null ? {} : { missing: { bytes: missing.bytes, cure: missing.cure } };
     return `${JSON.stringify({ precision, masterWeight, optimizer, ...report, ...lacks })}\n`;
   }
+  if (devices > 1) notes.push(...contextNotes(context, state, report, args, sharing));
   if (devices > 1 && profile.device === "cpu") notes.push("speed is that of ranks which have as many cores each");
   return text();
 }
 
-const retainedOf = ({ policy }: { policy: Policy }) => (policy.update === "forward" ? policy.retainedDType : null);
-
-const elementsOf = ({ parameters }: Graph): number =>
-  parameters.reduce((sum, { shape }) => sum + shape.reduce((a, b) => a * b, 1), 0);
-
-interface Answer {
-  report: { fits: boolean };
-  missing: AutoPlan["missing"];
-  /** What gradients are kept in until the global norm is known; null where none is. */
-  retained: string | null;
-  text(): string;
-}
-
-/** The widest format of state that fits, of those that were not given; where none does, the leanest. */
-function withFormat(
-  found: RegisteredModel,
-  args: PlanArguments,
-  { deviceBytes, hostBytes, diskBytes }: PlanRequest["budget"],
-  { device }: MachineProfile,
-  attempt: (graph: Graph, state: StateFormat) => Answer,
-  notes: string[],
-): Answer & { state: StateFormat } {
-  const { precision: storage, "master-weight": masterWeight, optimizer } = args;
-  const formats = stateFormats({ storage, masterWeight, optimizer }, device === "cuda" ? "bfloat16" : "float32");
-  const all = args.devices * deviceBytes + hostBytes + diskBytes;
-  for (const [i, state] of formats.entries()) {
-    const graph = found.graph({ mode: "train", dtype: state.storage });
-    const last = i === formats.length - 1;
-    // A global norm is known when all gradients are: they wait in bfloat16, or what the wider format keeps is lost there.
-    const gradients = args.clip === "global" ? 2 * elementsOf(graph) : 0;
-    if (!last && stateBytes(graph, state) + gradients > all) continue;
-    const answer = attempt(graph, state);
-    const squeezed = i > 0 && answer.retained === "dynamic8";
-    if (!last && (!answer.report.fits || squeezed)) continue;
-    if (i > 0) notes.push(formatNote(found, formats[0]!, state, answer.report.fits));
-    return { ...answer, state };
+/** With rows shared: what whole ones would give. Where whole rows do not fit: the sharing that would. */
+function contextNotes(
+  context: number,
+  state: StateFormat,
+  { fits, predictedTokensPerSecond }: PlanReport,
+  { devices, shards, replicas, ...args }: PlanArguments,
+  sharing: (context: number) => Way,
+): string[] {
+  const tried = (ranks: number): PlanReport => {
+    const way = sharing(ranks);
+    return way.planned(way.graph(state.storage), state).result.report;
+  };
+  if (context > 1) {
+    const whole = tried(1);
+    if (!whole.fits) return ["whole rows do not fit"];
+    const by = predictedTokensPerSecond / whole.predictedTokensPerSecond;
+    return [
+      `whole rows fit, too, with ${showSize(whole.peakDeviceBytes)} a card: this is ${by.toFixed(2)} x their speed`,
+    ];
   }
-  throw new Error("no format"); // there is always one
-}
-
-/** What was chosen in the stead of what stroma train takes unasked. */
-function formatNote(found: RegisteredModel, first: StateFormat, state: StateFormat, fits: boolean): string {
-  const { storage, masterWeight, optimizer } = state;
-  const flags = [
-    ...(storage === first.storage ? [] : [`--precision ${storage}`]),
-    ...(masterWeight === first.masterWeight ? [] : [`--master-weight ${masterWeight}`]),
-    ...(optimizer === first.optimizer ? [] : [`--optimizer ${optimizer}`]),
-  ].join(" ");
-  const bytes = stateBytes(found.graph({ mode: "train", dtype: first.storage }), first);
-  const wide = `${first.masterWeight === "none" ? first.storage : `${first.masterWeight} master weights`} and ${first.optimizer}`;
-  return fits
-    ? `train with ${flags}: ${wide}, ${showSize(bytes)} of state, do not fit`
-    : `this is with ${flags}; ${wide}, ${showSize(bytes)} of state, fit still less`;
+  if (fits || shards !== undefined || replicas !== undefined) return [];
+  const may = (ranks: number) => devices % ranks === 0 && args["sequence-length"] % (2 * ranks) === 0;
+  const found = [2, 4, 8, 16].find((ranks) => ranks <= devices && may(ranks) && tried(ranks).fits);
+  return found === undefined ? [] : [`it fits with --context ${found}: ${found} cards share each row`];
 }
 
 function profileFor(args: PlanArguments, machine: ProbeReport | null, notes: string[]): MachineProfile {

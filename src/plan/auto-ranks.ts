@@ -17,8 +17,9 @@ import {
 import type { PlacementTable } from "./auto-describe.js";
 import type { RankTapes } from "./auto-fit.js";
 import { showSize } from "./budget.js";
+import { passTraffic } from "./context.js";
 import { blockLayouts } from "./layout.js";
-import { stageOf } from "./mesh.js";
+import { groupsOf, sharersOf, stageOf } from "./mesh.js";
 import type { BoundBy } from "./simulate.js";
 import { assignStages, hasTies, STAGE_RULES, type StageRule, type Ties } from "./stages.js";
 
@@ -31,6 +32,8 @@ export interface RanksRequest extends PlanRequest {
   shards?: number;
   /** Only so many copies of it. Default: the faster of one and, of everything on each device, all. */
   replicas?: number;
+  /** Devices that share each row: the graph is of such a context, and dims.T a device's share. Default 1. */
+  context?: number;
   /** Devices read parameters that live on the host from memory in common. Default: where they have memory of their own. */
   sharedHost?: boolean;
 }
@@ -45,8 +48,11 @@ export interface RankReport {
   peakDiskBytes: number;
   bytesToDevicePerStep: number;
   bytesFromDevicePerStep: number;
+  /** Between passes: boundaries, parameters, gradients. */
   bytesSentPerStep: number;
   bytesReceivedPerStep: number;
+  /** In passes, to those that share its rows; as many are received. */
+  contextBytesPerStep: number;
   /** Share of the step in which it computes nothing. */
   bubble: number;
   boundBy: BoundBy;
@@ -60,6 +66,8 @@ export interface RanksReport extends PlanReport {
   shards: number;
   /** Groups of them that hold the same. */
   replicas: number;
+  /** Devices that share each row. */
+  context: number;
   /** They read parameters from host memory that they have in common. */
   sharedHost: boolean;
   /** By block. */
@@ -80,7 +88,8 @@ export function planRanksAuto(graph: Graph, request: RanksRequest): RanksPlan {
   const { devices } = request;
   const [first, ...others] = rulesTried(graph, request);
   const { search, best, ...how } = first!;
-  const alone = planAuto(graph, request);
+  // A graph of shared rows is none for one device.
+  const alone = (request.context ?? 1) > 1 ? null : planAuto(graph, request);
   const plan = search.result();
   const times = (tokensPerSecond: number) => `${(best.tokensPerSecond / tokensPerSecond).toFixed(2)} x slower`;
   const alternatives: Alternative[] = [
@@ -92,22 +101,28 @@ export function planRanksAuto(graph: Graph, request: RanksRequest): RanksPlan {
       peakHostBytes: other.peaks?.hostBytes ?? null,
       predictedTokensPerSecond: other.simulation === null ? null : other.tokensPerSecond,
     })),
-    {
-      plan: "one card",
-      fits: alone.report.fits,
-      why: alone.report.fits
-        ? alone.report.predictedTokensPerSecond > best.tokensPerSecond
-          ? "faster: a step is too small for so many cards"
-          : `${times(alone.report.predictedTokensPerSecond)}: one card does all the work`
-        : `does not fit by ${showSize(alone.missing!.bytes)}`,
-      peakDeviceBytes: alone.report.peakDeviceBytes,
-      peakHostBytes: alone.report.peakHostBytes,
-      predictedTokensPerSecond: alone.report.predictedTokensPerSecond,
-    },
+    ...(alone === null ? [] : [onOneCard(alone, best.tokensPerSecond, times)]),
     ...plan.report.alternatives,
   ];
-  return { ...plan, report: ranksReport(plan, devices, how, alternatives) };
+  return { ...plan, report: ranksReport(plan, request, devices, how, alternatives) };
 }
+
+const onOneCard = (
+  { report, missing }: AutoPlan,
+  tokensPerSecond: number,
+  times: (tokensPerSecond: number) => string,
+): Alternative => ({
+  plan: "one card",
+  fits: report.fits,
+  why: report.fits
+    ? report.predictedTokensPerSecond > tokensPerSecond
+      ? "faster: a step is too small for so many cards"
+      : `${times(report.predictedTokensPerSecond)}: one card does all the work`
+    : `does not fit by ${showSize(missing!.bytes)}`,
+  peakDeviceBytes: report.peakDeviceBytes,
+  peakHostBytes: report.peakHostBytes,
+  predictedTokensPerSecond: report.predictedTokensPerSecond,
+});
 
 /**
  * As `planRanksAuto`, for a trainer that is rank `rank`: its policy and tapes, without the report of alternatives. All ranks
@@ -121,6 +136,8 @@ export function planForRank(graph: Graph, request: RanksRequest, rank: number): 
   return { ...plan, policy, tapes: mine.tapes, simulation: mine.simulation };
 }
 
+type Dims = Pick<PlanRequest, "dims" | "batchDim">;
+
 interface How {
   rule: StageRule;
   shards: number;
@@ -129,7 +146,10 @@ interface How {
 }
 
 /** Searched in each way, the one to take first. */
-function rulesTried(graph: Graph, { devices, stages, shards, replicas, sharedHost, ...request }: RanksRequest) {
+function rulesTried(
+  graph: Graph,
+  { devices, stages, shards, replicas, context = 1, sharedHost, ...request }: RanksRequest,
+) {
   if (!Number.isSafeInteger(devices) || devices < 2)
     throw new StromaError("CONFIG", `[plan] expected devices to be a whole number of at least 2, got ${devices}`);
   for (const [count, what] of [
@@ -143,6 +163,13 @@ function rulesTried(graph: Graph, { devices, stages, shards, replicas, sharedHos
         `[plan] ${devices} devices are no whole number of stages of ${what}: ${devices} / ${count}`,
       );
   const rules = stages === undefined ? STAGE_RULES : [stages];
+  // Ranks that share rows add up their gradients: they are shards or replicas of a stage.
+  const least = (replicas ?? 1) % context === 0 ? 1 : context;
+  if (((shards ?? least) * (replicas ?? 1)) % context !== 0 || devices % ((shards ?? least) * (replicas ?? 1)) !== 0)
+    throw new StromaError(
+      "CONFIG",
+      `[plan] context ${context} is no divisor of shards ${shards ?? least} x replicas ${replicas ?? 1}, the devices of a stage, of ${devices} in all`,
+    );
   const staged = (of: number, copies: number): How[] => {
     const shared = { shards: of, replicas: copies };
     const each = of * copies;
@@ -153,15 +180,16 @@ function rulesTried(graph: Graph, { devices, stages, shards, replicas, sharedHos
     return mayBe ? [...all, together] : all;
   };
   // All devices at every block, each with rows of its own.
-  const may = stages === undefined && request.gradientAccumulationSteps >= devices;
+  const may = stages === undefined && request.gradientAccumulationSteps * context >= devices;
+  const all = devices / (replicas ?? 1);
   const ways = [
-    ...staged(shards ?? 1, replicas ?? 1),
-    ...(may && shards === undefined ? staged(devices / (replicas ?? 1), replicas ?? 1) : []),
+    ...staged(shards ?? least, replicas ?? 1),
+    ...(may && shards === undefined && all > least ? staged(all, replicas ?? 1) : []),
     ...(may && shards === undefined && replicas === undefined && holdsAll(graph, request) ? staged(1, devices) : []),
   ];
   const tried = ways.map((how) => {
     const shares = sharedHost ?? request.profile.device !== "cpu";
-    const search = searched(graph, request, { ranks: devices, ...how, sharedHost: shares });
+    const search = searched(graph, request, { ranks: devices, ...how, context, sharedHost: shares });
     return { ...how, search, best: search.chosen() };
   });
   const misfit = ({ best }: (typeof tried)[number]) => best.over?.bytes ?? 0;
@@ -208,8 +236,23 @@ const readsShared = (plan: { ranks: readonly RankPlan[] } | { tapes: readonly Ra
     ({ step }) => step.placement.arenas.sharedBytes !== undefined,
   );
 
+/** What a rank with these blocks sends in its passes of a step. dims: of one of the user's micro-batches. */
+function contextBytes({ graph, policy, report }: AutoPlan, dims: Dims, blocks: readonly number[]): number {
+  if (sharersOf(policy.stages) === 1) return 0;
+  const { rows, count } = report.microBatch;
+  const passes = count / groupsOf(policy.stages);
+  // What is kept of a forward that runs again includes attention's results.
+  const forwards = policy.recompute === "all" ? 2 : 1;
+  const { batchDim = "B" } = dims;
+  return blocks.reduce((sum, block) => {
+    const { forward, backward } = passTraffic(graph, block, { ...dims.dims, [batchDim]: rows });
+    return sum + passes * (forwards * forward + backward);
+  }, 0);
+}
+
 function ranksReport(
   plan: AutoPlan,
+  dims: Dims,
   devices: number,
   { rule: stages, shards, replicas }: How,
   alternatives: Alternative[],
@@ -229,6 +272,7 @@ function ranksReport(
       bytesFromDevicePerStep: simulation.bytesFromDevice,
       bytesSentPerStep: simulation.bytesSent,
       bytesReceivedPerStep: simulation.bytesReceived,
+      contextBytesPerStep: contextBytes(plan, dims, blocks),
       bubble: simulation.bubble,
       boundBy: simulation.boundBy,
     };
@@ -240,6 +284,7 @@ function ranksReport(
     stages,
     shards,
     replicas,
+    context: sharersOf(policy.stages),
     sharedHost: readsShared(plan),
     stagesOf: of,
     bytesBetweenDevicesPerStep: perRank.reduce((sum, r) => sum + r.bytesSentPerStep, 0),

@@ -126,6 +126,8 @@ export interface Spread {
   shards: number;
   /** Groups of `shards` devices that hold the same state. */
   replicas: number;
+  /** Of the devices of a stage, those that share each row: dims.T is a device's share. Default 1. */
+  context?: number;
   /** They read parameters from host memory that they have in common. */
   sharedHost: boolean;
   /** Default: the rule's. */
@@ -138,6 +140,8 @@ const stageCountOf = (spread: Spread): number =>
 
 /** Devices that a stage has. */
 const sharing = ({ shards, replicas }: Spread): number => shards * replicas;
+/** Groups of them with micro-batches of their own. */
+const groupsIn = (spread: Spread): number => sharing(spread) / (spread.context ?? 1);
 
 /**
  * Carries out the search of `planAuto`, over several devices where `spread` says so. `quick`: asks only whether something
@@ -149,7 +153,7 @@ export function searched(graph: Graph, request: PlanRequest, spread: Spread | nu
   const limits = usable(budget);
   const search = new Search(graph, request, limits, spread);
   // Ranks that share blocks have a micro-batch each.
-  const most = request.gradientAccumulationSteps / (spread === null ? 1 : sharing(spread));
+  const most = request.gradientAccumulationSteps / (spread === null ? 1 : groupsIn(spread));
   const fused = fusions(request, spread === null ? mostTokens(graph, request) : MOST_TOKENS, spread !== null)
     .filter((k) => k <= most)
     // The fastest, and what needs the least.
@@ -157,7 +161,7 @@ export function searched(graph: Graph, request: PlanRequest, spread: Spread | nu
   if (fused.length === 0)
     throw new StromaError(
       "CONFIG",
-      `[plan] ${sharing(spread!)} ranks that share blocks need a micro-batch each, and a step has ${request.gradientAccumulationSteps}`,
+      `[plan] ${groupsIn(spread!)} ${(spread!.context ?? 1) > 1 ? "groups of " : ""}ranks that share blocks need a micro-batch each, and a step has ${request.gradientAccumulationSteps}`,
     );
   search.resident(whole, layersPerBlock ?? 1, fused);
   const updates: UpdateOrder[] = clip === "global" ? ["forward"] : ["backward"];
@@ -288,18 +292,20 @@ export class Search {
   /** Micro-batches that one forward, one backward takes at a time; null: it is not for these stages. */
   private onePerTurn(graph: Graph, stages: Stages): number | null {
     const { rule } = this.spread!;
-    const groups = this.spread!.replicas;
+    // Asked for where blocks are not sharded: replicas, or groups of them that share rows.
+    const groups = groupsIn(this.spread!);
     if (rule === "interleaved" && stretchesOf(stages) !== null) return stageCount(stages) * groups;
     return rule !== "alternating" && isContiguous(graph, stages) ? groups : null;
   }
 
   private stages(graph: Graph): Stages | null {
     if (this.spread === null) return null;
-    const { ranks, rule, shards, replicas, sharedHost, ties } = this.spread;
+    const { ranks, rule, shards, replicas, context = 1, sharedHost, ties } = this.spread;
     const of = assignStages(graph, ranks / sharing(this.spread), rule, ties);
     const host = sharedHost && shards > 1 ? ({ sharedHost } as const) : {};
     const copies = replicas > 1 ? { replicas } : {};
-    return { rank: 0, ranks, of, ...(sharing(this.spread) > 1 ? { shards, ...copies, ...host } : {}) };
+    const rows = context > 1 ? { context } : {};
+    return { rank: 0, ranks, of, ...(sharing(this.spread) > 1 ? { shards, ...copies, ...rows, ...host } : {}) };
   }
 
   /** Whether every device has a block of it. */
@@ -319,7 +325,7 @@ export class Search {
    */
   private overlaps(fused: number): boolean {
     const { gradientAccumulationSteps: all } = this.request;
-    return this.spread === null || all / fused >= Math.min(all, sharing(this.spread) * 2 * stageCountOf(this.spread));
+    return this.spread === null || all / fused >= Math.min(all, groupsIn(this.spread) * 2 * stageCountOf(this.spread));
   }
 
   streamed(
@@ -408,7 +414,7 @@ export class Search {
   }
 
   private timed(attempt: Attempt): Timed {
-    const tokens = this.tokens() * this.request.gradientAccumulationSteps;
+    const tokens = this.tokens() * (this.spread?.context ?? 1) * this.request.gradientAccumulationSteps;
     return { ...attempt, tokensPerSecond: attempt.simulation === null ? 0 : tokens / attempt.simulation.seconds };
   }
 
@@ -518,6 +524,8 @@ function lacking(bytes: number, search: () => string): { readonly bytes: number;
   };
 }
 
+const ENDLESS = 1e18;
+
 /** The nearest change of a budget, planned again: it does fit. */
 function cureFor(graph: Graph, request: PlanRequest, spread: Spread | null, { over }: Attempt): string {
   const { budget, profile } = request;
@@ -526,14 +534,23 @@ function cureFor(graph: Graph, request: PlanRequest, spread: Spread | null, { ov
     { key: "diskBytes", words: "disk" } as const,
     { key: "deviceBytes", words: `device memory ${spread === null ? "in all" : "each"}` } as const,
   ];
+  const fits = (more: Partial<Budget>): boolean =>
+    searched(graph, { ...request, budget: { ...budget, ...more } }, spread, true).best !== null;
   const cures: string[] = [];
+  let elsewhere: boolean | null = null;
   for (const { key, words } of kinds) {
+    // Of a pass that no device holds, room elsewhere takes nothing away.
+    if (key !== "deviceBytes" && elsewhere === false) continue;
     for (const factor of cures.length < 2 ? [1.05, 1.6] : []) {
       // In whole gigabytes, or hundredths of what is small.
       const wanted = budget[key] + over!.bytes * factor;
       const unit = wanted > 1e10 ? 1e9 : 10 ** (Math.floor(Math.log10(wanted)) - 1);
       const bytes = Math.ceil(wanted / unit) * unit;
-      if (searched(graph, { ...request, budget: { ...budget, [key]: bytes } }, spread, true).best === null) continue;
+      if (!fits({ [key]: bytes })) {
+        if (key !== "deviceBytes") elsewhere ??= fits({ [key]: ENDLESS });
+        if (elsewhere === false && key !== "deviceBytes") break;
+        continue;
+      }
       cures.push(`${showSize(bytes)} of ${words}`);
       break;
     }

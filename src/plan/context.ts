@@ -3,10 +3,11 @@
  * as the operators do it (native/kernels/ring_attention.cc, all_to_all_attention.cc).
  */
 import { StromaError } from "../errors.js";
-import { CONTEXT_OPS, type ContextKind, contextOf, ranksOfGroup } from "../graph/context.js";
+import { CONTEXT_OPS, type ContextKind, type ContextOptions, contextOf, ranksOfGroup } from "../graph/context.js";
 import type { DType, Graph } from "../graph/types.js";
 import { dtypeBytes } from "../graph/value.js";
 import { type SizedCall, type SizedValue, sizedProgram } from "./cost-calls.js";
+import { type MachineProfile, RANK_LINK } from "./profiles.js";
 
 /** One call of attention on a rank: q [B, N, t, H], k [B, K, t, H], v [B, K, t, V], t = T / R tokens of each row. */
 export interface SequenceShape {
@@ -124,6 +125,35 @@ export function chooseContext(sizes: ContextSizes, ranks: number, rates: Context
   const said = ({ seconds, forward, backward }: ContextCost) =>
     `${(seconds * 1e3).toPrecision(3)} ms and ${((forward + backward) / 1e6).toPrecision(3)} MB sent`;
   return { kind, ring, allToAll, why: `a layer takes ${said(ring)} in the ring, ${said(allToAll)} all to all` };
+}
+
+/**
+ * How `ranks` of a machine attend over rows that they share: whichever way is faster. `graph`: of whole rows, and so the T
+ * of `dims`. @throws CONFIG where 2 R does not divide T, GRAPH where nothing attends
+ */
+export function contextOn(
+  graph: Graph,
+  dims: Readonly<Record<string, number>>,
+  ranks: number,
+  profile: MachineProfile,
+): ContextOptions {
+  const { gemm, attention, rankLink = RANK_LINK, copySeconds } = profile;
+  const { flops } = gemm[graph.dtype === "bfloat16" || graph.dtype === "float64" ? graph.dtype : "float32"];
+  const rates = { link: rankLink, messageSeconds: copySeconds, attentionFlops: attention * flops };
+  return { ranks, kind: chooseContext(contextSizes(graph, dims), ranks, rates).kind };
+}
+
+/** What a rank sends in one pass of a block, as often as its program attends over rows of shared tokens. */
+export function passTraffic(graph: Graph, block: number, dims: Readonly<Record<string, number>>): Traffic {
+  const sum: Traffic = { forward: 0, backward: 0 };
+  for (const call of sizedProgram(graph, block, dims).calls) {
+    const over = sequenceCall(call);
+    if (over === null) continue;
+    const { forward, backward } = sequenceTraffic(over.kind, over.ranks, over.shape);
+    sum.forward += forward;
+    sum.backward += backward;
+  }
+  return sum;
 }
 
 /**

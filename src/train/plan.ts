@@ -9,12 +9,11 @@ import { planForRank } from "../plan/auto-ranks.js";
 import { type Budget, showSize, usableOf } from "../plan/budget.js";
 import { checkRanks } from "../plan/check-ranks.js";
 import { checkTape } from "../plan/checker.js";
-import { chooseContext, contextSizes } from "../plan/context.js";
+import { contextOn } from "../plan/context.js";
 import { stateBytes, stateFormats } from "../plan/formats.js";
 import { roundUp } from "../plan/layout.js";
 import { groupsOf, memberOf, membersOf, replicasOf, shardsOf, sharersOf, stageCount } from "../plan/mesh.js";
 import { residentPolicy } from "../plan/planner.js";
-import { RANK_LINK } from "../plan/profiles.js";
 import { type TapePeaks, tapePeaks } from "../plan/simulate.js";
 import { assignStages, stretchesOf } from "../plan/stages.js";
 import type { Placement, RetainedDType, Stages, StateFormat, Tape } from "../plan/types.js";
@@ -78,14 +77,7 @@ export const stateFormat = (o: SettledOptions): StateFormat => ({
  */
 export function contextFor(graph: Graph, o: SettledOptions, resources = detectResources(o)): ContextOptions | null {
   if (o.context === 1) return null;
-  const { profile } = resources;
-  const rates = {
-    link: profile.rankLink ?? RANK_LINK,
-    messageSeconds: profile.copySeconds,
-    attentionFlops: profile.attention * profile.gemm[graph.dtype === "float64" ? "float64" : "float32"].flops,
-  };
-  const sizes = contextSizes(graph, { B: o.microBatchSize, T: o.sequenceLength });
-  return { ranks: o.context, kind: chooseContext(sizes, o.context, rates).kind };
+  return contextOn(graph, { B: o.microBatchSize, T: o.sequenceLength }, o.context, resources.profile);
 }
 
 /**
@@ -291,10 +283,6 @@ function amongRanks(
   const asked = (policy: Policy): Chosen => ({ ...alone, policy: { ...policy, stages, ...reduced } });
   if (o.plan === null) return asked(streamed(resident, o.offload as "host" | "disk", o, dims));
   // Boundaries have places, since both ends of a link must know their size.
-  if (o.plan === "auto" && o.context > 1)
-    throw config(
-      `plan auto knows no rows shared by ranks (context ${o.context}). Say plan resident, or where state lives (offload)`,
-    );
   if (o.plan === "resident" || ranks === 1) return asked({ ...resident, boundary: "device", dims });
   const budget = budgetOf(o, resources);
   const request = {
@@ -309,6 +297,7 @@ function amongRanks(
     // What is not said is the planner's to choose.
     shards: o.shards ?? undefined,
     replicas: replicas > 1 ? replicas : undefined,
+    context: o.context,
     sharedHost: sharesHost,
     recompute: o.recompute ?? undefined,
     layersPerBlock: o.layersPerBlock ?? undefined,

@@ -189,10 +189,13 @@ describe.skipIf(!native)("ranks", () => {
     [4, { context: 2, shards: 4, order: "breadthFirst" }],
     [4, { context: 2, shards: 1, replicas: 2, stages: "alternating", batchSize: 4 }],
     [4, { context: 2, shards: 1, replicas: 2, stages: "contiguous", batchSize: 4, model: TIED_STILL }],
+    [2, { context: 2, plan: "auto", order: undefined }],
+    [4, { context: 2, device: "sim", deviceMemory: "2.5MB", hostMemory: "20MB", order: undefined }],
   ] as [number, Partial<TrainerOptions>][])("%i that share rows learn what one does: %j", async (size, extra) => {
     const model = { config: { ...REAL.model.config, dropout: 0, tiedEmbeddings: false } };
     const all = { ...options, model, dtype: "float64", precision: "float64", ...extra } satisfies TrainerOptions;
-    const { context: _, shards: __, replicas: ___, stages: ____, ...plain } = all;
+    const { context: _, shards: __, replicas: ___, stages: ____, ...rest } = all;
+    const { plan: _____, device: ______, deviceMemory: _______, hostMemory: ________, ...plain } = rest;
     const [one, many] = [folder(`rows-one-${size}-${named(extra)}`), folder(`rows-${size}-${named(extra)}`)];
     await using alone = new Trainer({ ...plain, outputDir: one });
     const expected = await collect(alone);

@@ -136,6 +136,24 @@ describe("stroma plan", () => {
     expect(lines(1).length).toBeGreaterThan(20);
   });
 
+  it("plans rows that cards share, beside whole ones, and names the sharing where whole ones do not fit", () => {
+    const rows = { "sequence-length": 16384, "gradient-accumulation-steps": 2, "host-memory": "1GB" };
+    const two = given({ devices: 2, profile: "a5000", ...rows, "device-memory": "100MB" });
+    const text = plan({ ...two, context: 2 }, null);
+    expect(text).toMatch(/2 micro-batches of 1 x 16384 tokens[\s\S]*It fits\./);
+    expect(text).toMatch(/^2 cards, (sharded|replicas): each runs all blocks on 1\/2 of each row and holds/m);
+    expect(text).toMatch(/^rows {6}[\d.]+ [MG]B more inside passes/m);
+    expect(text).toContain("note      whole rows do not fit");
+    expect(plan(two, null)).toMatch(/It does not fit[\s\S]*note +it fits with --context 2: 2 cards share each row/);
+    const room = { ...two, "device-memory": "24GB", "sequence-length": 512 };
+    expect(plan({ ...room, context: 2 }, null)).toMatch(
+      /note +whole rows fit, too, with [\d.]+ MB a card: this is 0\.\d+ x/,
+    );
+    expect(() => plan({ ...room, context: 2, "sequence-length": 510 }, null)).toThrow(/510 = 127 x 4 \+ 2/);
+    expect(() => plan({ ...room, context: 3, "sequence-length": 510 }, null)).toThrow(/context 3 is no divisor/);
+    expect(() => plan({ ...room, devices: 1, context: 2 }, null)).toThrow("--context is for --devices 2 or more");
+  });
+
   it("says how training grows from one machine to many", () => {
     const many = given({ ranks: "8-32", "micro-batch-size": 2, "gradient-accumulation-steps": 1 });
     const text = plan(many, null);

@@ -1,4 +1,5 @@
 import { describe, expect, it } from "vitest";
+import type { Graph } from "../../../src/graph/types.js";
 import { findModel } from "../../../src/models/registry.js";
 import { planAuto } from "../../../src/plan/auto.js";
 import { planForRank, planRanksAuto, type RanksRequest } from "../../../src/plan/auto-ranks.js";
@@ -144,6 +145,48 @@ describe("small models over several devices", () => {
       replicas > 1 || alternatives.some(({ plan: text }) => text.startsWith("replicas"));
     expect(named(tried(24e9))).toBe(true);
     expect(named(tried(8e6))).toBe(false);
+  });
+
+  it("share rows where that is asked for: a share of a pass's memory each, whole tokens a second", () => {
+    const whole = findModel("100m").graph({ mode: "train", dtype: "bfloat16" });
+    const context = { ranks: 2, kind: "ring" } as const;
+    const shared = findModel("100m").graph({ mode: "train", dtype: "bfloat16", context });
+    const state = { storage: "bfloat16", masterWeight: "float32", optimizer: "adamw" } as const;
+    const budget = { deviceBytes: 80e9, hostBytes: 1e9, diskBytes: 0 };
+    const size = { gradientAccumulationSteps: 4, state, budget, profile: { ...findProfile("a100"), rankLink: 1e14 } };
+    const of = (graph: Graph, T: number, more: Partial<RanksRequest>) =>
+      planRanksAuto(graph, { ...request, ...size, recompute: "all", dims: { B: 1, T }, ...more });
+    const rows = of(shared, 8192, { context: 2, shards: 2 });
+    const batch = of(whole, 16384, { shards: 2 });
+    expect(rows.report).toMatchObject({ fits: true, context: 2, shards: 2, stages: "alternating" });
+    expect(rows.policy.stages).toMatchObject({ context: 2, shards: 2 });
+    expect(batch.report.context).toBe(1);
+    const workspace = ({ report: { placements } }: typeof rows) => placements.workspace.device;
+    // The head's logits come in chunks of the same size.
+    expect(workspace(rows)).toBeLessThan(0.85 * workspace(batch));
+    // As many tokens a step as whole rows have, and over a link that costs nothing nearly their speed.
+    const speed = rows.report.predictedTokensPerSecond / batch.report.predictedTokensPerSecond;
+    expect(speed).toBeGreaterThan(0.8);
+    expect(speed).toBeLessThan(1.05);
+    expect(rows.report.alternatives.map((a) => a.plan)).not.toContain("one card");
+    // Keys and values of a half row go once to the other forward, which runs twice, and once back with their gradients' sums.
+    const { layers, kvHeads, dim, heads } = findModel("100m").config as Record<string, number>;
+    const block = 8192 * kvHeads! * 2 * (dim! / heads!);
+    for (const { contextBytesPerStep } of rows.report.perRank)
+      expect(contextBytesPerStep).toBe(4 * layers! * (3 * 2 * block + 2 * 4 * block));
+    expect(batch.report.perRank[0]!.contextBytesPerStep).toBe(0);
+    // Of four, two stages of two that share rows, or all at every block.
+    const four = of(shared, 8192, { devices: 4, context: 2, shards: 2 });
+    expect(four.report).toMatchObject({ context: 2, shards: 2 });
+    expect(new Set(four.report.stagesOf).size).toBe(2);
+    checkRanks(
+      four.graph,
+      four.ranks.map(({ tapes }) => tapes.step),
+    );
+    const copies = of(shared, 8192, { context: 2, replicas: 2 });
+    expect(copies.policy.stages).toMatchObject({ shards: 1, replicas: 2, context: 2 });
+    for (const more of [{ context: 3 }, { context: 2, shards: 1 }, { devices: 4, context: 4, shards: 2 }])
+      expect(() => of(shared, 8192, more)).toThrow(/context \d is no divisor/);
   });
 
   it("are never fitted with kept graphs whose parameters are elsewhere", () => {
