@@ -62,8 +62,6 @@ interface Beside {
   order?: Schedule;
   recompute?: Recompute;
   maxGradNorm?: number | null;
-  /** Given: one of several ranks. */
-  ranks?: unknown;
 }
 
 export interface ResolvedMemory {
@@ -176,10 +174,9 @@ function places(
   return { plan: all, planUnasked, offload: chosen, diskFolder };
 }
 
-/** On a card, alone, with nothing said of what a plan chooses. */
+/** On a card, or on one of several, with nothing said of what a plan chooses. */
 const leavesAll = (o: MemoryOptions & Beside): boolean =>
   o.device.startsWith("cuda") &&
-  o.ranks === undefined &&
   o.diskFolder === undefined &&
   o.layersPerBlock === undefined &&
   o.order === undefined &&

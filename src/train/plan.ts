@@ -15,7 +15,7 @@ import { roundUp } from "../plan/layout.js";
 import { groupsOf, memberOf, membersOf, replicasOf, shardsOf, sharersOf, stageCount } from "../plan/mesh.js";
 import { residentPolicy } from "../plan/planner.js";
 import { type TapePeaks, tapePeaks } from "../plan/simulate.js";
-import { assignStages, stretchesOf } from "../plan/stages.js";
+import { assignStages, STAGE_RULES, type StageRule, stretchesOf, type Ties } from "../plan/stages.js";
 import type { Placement, RetainedDType, Stages, StateFormat, Tape } from "../plan/types.js";
 import { type Policy, writeTape } from "../plan/write-tape.js";
 import { type Prediction, predictStep } from "../profile/document.js";
@@ -87,12 +87,13 @@ export function contextFor(graph: Graph, o: SettledOptions, resources = detectRe
  */
 export function planTraining(
   graph: Graph,
-  options: SettledOptions,
-  resources: Resources = detectResources(options),
+  given: SettledOptions,
+  resources: Resources = detectResources(given),
   sharesHost = false,
 ): TrainingPlan {
   checkSize(graph);
-  const dims = dimsOf(graph, options);
+  const dims = dimsOf(graph, given);
+  const options = dims === null || resources.cardBytes === null ? withoutPlanner(given) : given;
   const { policy, graph: planned, merged, fused } = choosePolicy(graph, options, resources, dims, sharesHost);
   const whole = writeTape(planned, policy);
   const placement = roomFor(planned, policy, whole.step.placement, options.epochs !== null);
@@ -140,7 +141,7 @@ export function planTraining(
   const { least, unit } = countsOf(policy);
   const padded = (count: number) => roundUp(Math.max(count, least), unit);
   const guess = resources.guess === null ? "" : ` (${resources.guess})`;
-  const summary = summarize(facts, predicted, options, placement) + guess;
+  const summary = summarize(facts, predicted, options, planned, placement) + guess;
   const share = { member: policy.stages === undefined ? 0 : memberOf(policy.stages), members };
   return { graph: planned, placement, facts, summary, predicted, predict, padded, share, tapes };
 }
@@ -196,6 +197,19 @@ interface Chosen {
   fused: number;
 }
 
+/** Nobody asked for the planner, and what it goes by is not told: everything is tried on the card. */
+const withoutPlanner = (o: SettledOptions): SettledOptions =>
+  o.planUnasked
+    ? {
+        ...o,
+        plan: "resident",
+        offload: "none",
+        order: "breadthFirst",
+        recompute: o.recompute ?? "none",
+        update: "end",
+      }
+    : o;
+
 function choosePolicy(
   graph: Graph,
   o: SettledOptions,
@@ -216,8 +230,6 @@ function choosePolicy(
   });
   if (o.ranks !== null) return amongRanks(graph, { ...alone, policy: resident }, o, resources, dims, sharesHost);
   if (o.plan === "resident") return { ...alone, policy: resident };
-  if (o.planUnasked && (dims === null || resources.cardBytes === null))
-    return { ...alone, policy: { ...resident, schedule: "breadthFirst" } };
   if (dims === null) throw unknownSizes(graph);
   if (o.plan === null) return { ...alone, policy: streamed(resident, o.offload as "host" | "disk", o, dims) };
   const found = searchPlan(graph, o, resources, dims);
@@ -232,8 +244,8 @@ function choosePolicy(
 }
 
 /** e.g. "2 stages (alternating) of 2 shards". */
-function meshText({ stages: asked }: SettledOptions, stages: Stages): string {
-  const rule = asked ?? "alternating";
+function meshText(graph: Graph, stages: Stages): string {
+  const rule = ruleOf(graph, stages);
   const [shards, replicas] = [shardsOf(stages), replicasOf(stages)];
   const members = shards * replicas;
   const rows = sharersOf(stages) > 1 ? [`rows of ${sharersOf(stages)} ranks`] : [];
@@ -244,6 +256,18 @@ function meshText({ stages: asked }: SettledOptions, stages: Stages): string {
   ].join(" x ");
   if (members === 1) return `blocks ${rule}`;
   return stages.ranks === members ? among : `${stages.ranks / members} stages (${rule}) of ${among}`;
+}
+
+/** Which rule dealt out the blocks so, whoever chose it. */
+function ruleOf(graph: Graph, stages: Stages): string {
+  const same = (ties?: Ties) => (rule: StageRule) => {
+    try {
+      return assignStages(graph, stageCount(stages), rule, ties).join() === stages.of.join();
+    } catch {
+      return false; // too few blocks for this rule
+    }
+  };
+  return STAGE_RULES.find(same()) ?? STAGE_RULES.find(same("together")) ?? "dealt out";
 }
 
 /** @throws CONFIG showing the quotient that does not come out */
@@ -480,6 +504,7 @@ function summarize(
   f: PlanFacts,
   predicted: TrainingPlan["predicted"],
   o: SettledOptions,
+  graph: Graph,
   placement: Placement,
 ): string {
   const { stages } = placement;
@@ -496,7 +521,7 @@ function summarize(
     auto: `chosen for the budgets${shared ? ", parameters in host memory that ranks share" : ""}`,
   }[o.offload];
   const parts = [
-    ...(stages === undefined ? [] : [`rank ${stages.rank} of ${stages.ranks}, ${meshText(o, stages)}`]),
+    ...(stages === undefined ? [] : [`rank ${stages.rank} of ${stages.ranks}, ${meshText(graph, stages)}`]),
     where,
     order,
     `recompute ${f.recompute}`,

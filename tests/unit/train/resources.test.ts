@@ -179,6 +179,17 @@ describe("what a plan may take of it", () => {
     expect(unasked.predicted!.peaks.hostBytes).toBe(0);
   });
 
+  it("ranks on cards run what the planner picks, unless where a card ends is not told", () => {
+    const two = { device: "cuda:0", ranks: ranks(2) } as const;
+    const known = planned(two, { cardBytes: 8e9 });
+    expect(known.summary).toContain("chosen for the budgets");
+    expect(known.facts).toEqual(planned({ ...two, plan: "auto" }, { cardBytes: 8e9 }).facts);
+    const stages = planned({ ...two, stages: "contiguous" }, { cardBytes: 8e9 });
+    expect(stages.summary).toMatch(/contiguous.*chosen for the budgets/);
+    expect(planned(two, { cardBytes: null }).summary).toMatch(/blocks alternating, all on the device/);
+    expect(() => planned(two, { cardBytes: 1e5 })).toThrow(/over 2 ranks, .* are missing/);
+  });
+
   it("a guessed speed is told with the plan", () => {
     expect(planned({ device: "cuda:0" }, { guess: "a guess", cardBytes: 8e9 }).summary).toMatch(/ \(a guess\)$/);
   });
