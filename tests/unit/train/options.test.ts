@@ -145,8 +145,14 @@ describe("how state is stored and where it lives", () => {
     [{ order: "depthFirst" }, { plan: "resident", offload: "none", order: "depthFirst" }],
     [{ recompute: "none" }, { plan: "resident", offload: "none" }],
     [{ ranks }, { plan: "auto", offload: "auto", planUnasked: true }],
-    [{ ranks, stages: "contiguous", shards: 2 }, { plan: "auto", stages: "contiguous", shards: 2 }],
-    [{ ranks, order: "breadthFirst" }, { plan: "resident", offload: "none" }],
+    [
+      { ranks, stages: "contiguous", shards: 2 },
+      { plan: "auto", stages: "contiguous", shards: 2 },
+    ],
+    [
+      { ranks, order: "breadthFirst" },
+      { plan: "resident", offload: "none" },
+    ],
     [{ plan: "resident" }, { plan: "resident", offload: "none" }],
   ])("on a card, %j: the planner chooses unless something of it is said", (given, resolved) => {
     const card = () => ({ device: "cuda:0", why: null }) as const;
