@@ -1,4 +1,5 @@
 /** Ctrl-C and SIGTERM: the first one asks, the second one quits at once. */
+import { whenShellGone } from "./npx.js";
 
 /**
  * npm and npx pass a Ctrl-C on to their child, which the terminal has already sent it to: one press comes twice, a few
@@ -12,6 +13,10 @@ export class StopSignals implements Disposable {
   private readonly controller = new AbortController();
   private firstAtMs = 0;
   private first: StopSignal | null = null;
+  /** npx was sent SIGTERM, unless this process was asked as well. */
+  private readonly shell = whenShellGone(() => {
+    if (this.first === null) this.receive("SIGTERM");
+  });
   private readonly handler = (signal: StopSignal) => this.receive(signal);
 
   /**
@@ -59,6 +64,7 @@ export class StopSignals implements Disposable {
   [Symbol.dispose](): void {
     process.off("SIGINT", this.handler);
     process.off("SIGTERM", this.handler);
+    this.shell[Symbol.dispose]();
   }
 }
 

@@ -233,6 +233,22 @@ describe.skipIf(!hasNative())("stroma with its engine", () => {
     expect(existsSync((done as { checkpoint: string }).checkpoint)).toBe(true);
   });
 
+  it("the shell of npx is sent SIGTERM, and dies of it: the run saves and ends", async () => {
+    const path = join(folder, "npx");
+    const args = ["train", "--config", config, "--steps", "4000", "--output-dir", path, "--json"];
+    // Two commands: one alone some shells replace themselves by.
+    const under = ["sh", "-c", '"$@"; exit', "sh"];
+    const running = start(args, { env: { npm_command: "exec" }, under });
+    await running.until(/"event":"step","step":2,/);
+    running.child.kill("SIGTERM");
+    const { signal, stdout, stderr } = await running.ended;
+    expect(signal).toBe("SIGTERM"); // the shell's; pipes close with the run
+    expect(stderr).toContain("SIGTERM: finishing the step and saving");
+    const done = checked(stdout).at(-1)!;
+    expect(done).toMatchObject({ event: "done", reason: "interrupted" });
+    expect(existsSync((done as { checkpoint: string }).checkpoint)).toBe(true);
+  });
+
   it("a reader that goes away ends the run with a checkpoint", async () => {
     const path = join(folder, "pipe");
     const running = start(["train", "--config", config, "--steps", "100000", "--output-dir", path, "--json"]);
