@@ -72,6 +72,9 @@ function broadcast(tensors: readonly TensorMeta[]): Dim[] {
   return out;
 }
 
+/** What sums and norms are made in. */
+const wider = (dtype: DType): DType => (dtype === "float64" ? "float64" : "float32");
+
 const anyGrad = (dtype: DType, ...tensors: (TensorMeta | null)[]): boolean =>
   isFloating(dtype) && tensors.some((t) => t?.grad === true);
 
@@ -451,7 +454,7 @@ const views = {
 // ---- attention over ranks: [B, heads, t, head dim], t tokens of R t
 
 const logsumexp = (q: TensorMeta): Saved => ({
-  own: { dtype: q.dtype === "float64" ? "float64" : "float32", shape: q.shape.slice(0, 3) },
+  own: { dtype: wider(q.dtype), shape: q.shape.slice(0, 3) },
 });
 
 const ranksOf = (group: string): number =>
@@ -497,6 +500,76 @@ function overRanks(
     saved: (args, out) => (out.grad ? saved(args, out) : []),
   };
 }
+
+/** Ours, where a layer's elementwise work is one call (native/kernels). */
+const fused = {
+  rmsNorm: {
+    infer: ([x, w]) => {
+      needFloating(x);
+      sameDType(x, w, "input and weight");
+      if (!shapeEqual(w.shape, [last(x)])) fail(`expected a weight of [${last(x)}], got ${describe(w)}`);
+      return meta(x.dtype, x.shape, x, w);
+    },
+    flops: (_, out) => dimMul(5, ...out.shape),
+    // The reciprocal root of each row.
+    saved: ([x, w], out) =>
+      out.grad ? [x, w, { own: { dtype: wider(x.dtype), shape: [...x.shape.slice(0, -1), 1] } }] : [],
+  },
+  rotaryTable: {
+    infer: ([positions, headDim, theta, factor, low, high, original, dtype]) => {
+      if (positions.dtype !== "int64" || positions.shape.length !== 2)
+        fail(`expected positions int64 [B, T], got ${describe(positions)}`);
+      if (!Number.isInteger(headDim) || headDim < 2 || headDim % 2 !== 0)
+        fail(`expected an even head dim, got ${headDim}`);
+      if (!(theta > 0)) fail(`expected theta above 0, got ${theta}`);
+      const scaling = [factor, low, high, original];
+      if (scaling.some((s) => (s === null) !== (factor === null)) || scaling.some((s) => s !== null && !(s > 0)))
+        fail(`expected four numbers above 0 that scale the frequencies, or none, got ${scaling.join(", ")}`);
+      if (!isFloating(dtype)) fail(`expected a floating dtype, got ${dtype}`);
+      return meta(dtype, [...positions.shape, headDim]);
+    },
+    flops: (_, out) => dimMul(2, ...out.shape),
+    saved: () => [],
+  },
+  rotate: {
+    infer: ([x, table]) => {
+      needFloating(x);
+      sameDType(x, table, "input and table");
+      if (x.shape.length !== 4) fail(`expected [B, heads, T, head dim], got ${describe(x)}`);
+      const [B, , T, H] = x.shape as [Dim, Dim, Dim, Dim];
+      if (dimDivideExactly(H, 2) === null) fail(`expected an even head dim, got ${describe(x)}`);
+      if (!shapeEqual(table.shape, [B, T, H]))
+        fail(`expected a table of ${showShape([B, T, H])}, got ${describe(table)}`);
+      if (table.grad) fail(`expected a table without a gradient, got ${describe(table)}`);
+      return meta(x.dtype, x.shape, x);
+    },
+    flops: (_, out) => dimMul(3, ...out.shape),
+    saved: ([, table], out) => (out.grad ? [table] : []),
+  },
+  siluMul: {
+    infer: ([gate, up]) => {
+      needFloating(gate);
+      sameDType(gate, up, "gate and up");
+      if (!shapeEqual(gate.shape, up.shape))
+        fail(`expected gate and up of one shape, got ${describe(gate)} and ${describe(up)}`);
+      return meta(gate.dtype, gate.shape, gate, up);
+    },
+    flops: (_, out) => dimMul(6, ...out.shape),
+    saved: ([gate, up], out) => (out.grad ? [gate, up] : []),
+  },
+  dropout: {
+    infer: ([x, p, key, site]) => {
+      needFloating(x);
+      if (!(p >= 0 && p < 1)) fail(`expected a dropout probability in [0, 1), got ${p}`);
+      if (key.dtype !== "int64" || !shapeEqual(key.shape, [4])) fail(`expected a key int64 [4], got ${describe(key)}`);
+      if (!Number.isInteger(site) || site < 0) fail(`expected a site index, got ${site}`);
+      return meta(x.dtype, x.shape, x);
+    },
+    flops: (_, out) => dimMul(2, ...out.shape),
+    // Drawn again in the backward from the key.
+    saved: ([, , key], out) => (out.grad ? [key] : []),
+  },
+} satisfies Partial<Rules>;
 
 const products = {
   matmul: {
@@ -599,7 +672,7 @@ const products = {
         fail(`expected a float32 or float64 scalar as scale, got ${describe(scale)}`);
       if (!Number.isInteger(chunk) || chunk < 1) fail(`expected a chunk of at least 1 row, got ${chunk}`);
       // Summed in at least float32, in float64 where the model computes in it.
-      return meta(x.dtype === "float64" ? "float64" : "float32", [], x, w, bias);
+      return meta(wider(x.dtype), [], x, w, bias);
     },
     flops: ([x, w]) => dimMul(dimAdd(dimMul(2, x.shape[1]!), 5), x.shape[0]!, w.shape[0]!),
     // The gradients are made chunk by chunk during the forward and held.
@@ -631,18 +704,6 @@ const products = {
       return [own(q), own(k, copies), own(v, copies), own(out), ...(documents === null ? [] : [mask]), logsumexp(q)];
     },
   ),
-  dropout: {
-    infer: ([x, p, key, site]) => {
-      needFloating(x);
-      if (!(p >= 0 && p < 1)) fail(`expected a dropout probability in [0, 1), got ${p}`);
-      if (key.dtype !== "int64" || !shapeEqual(key.shape, [4])) fail(`expected a key int64 [4], got ${describe(key)}`);
-      if (!Number.isInteger(site) || site < 0) fail(`expected a site index, got ${site}`);
-      return meta(x.dtype, x.shape, x);
-    },
-    flops: (_, out) => dimMul(2, ...out.shape),
-    // Drawn again in the backward from the key.
-    saved: ([, , key], out) => (out.grad ? [key] : []),
-  },
 } satisfies Partial<Rules>;
 
-export const rules: Rules = { ...elementwise, ...reductions, ...views, ...products };
+export const rules: Rules = { ...elementwise, ...reductions, ...views, ...fused, ...products };

@@ -34,6 +34,17 @@ const KERNEL_SECONDS = 2e-6;
  */
 const LAUNCHES = { forward: 2.1, backward: 5.2 } as const;
 
+/** Bytes that a backward moves, over those of its forward, where it is not half as many again. */
+const BACKWARD_TRAFFIC: Partial<Record<OpName, number>> = {
+  linear: 2,
+  matmul: 2,
+  rotate: 1,
+  // Two more values written, or read, beside three.
+  siluMul: 5 / 3,
+  // Its input's gradient reads two values and writes one; its weight's reads the two again.
+  rmsNorm: 5 / 2,
+};
+
 /** Moved for a logit, there and again back: as bfloat16, as float32, its softmax, the gradients of both (measured there too). */
 const LOGIT_BYTES = 44;
 
@@ -56,7 +67,7 @@ export class Roofline implements Times {
   }
 
   backward(call: SizedCall): Cost {
-    return this.launched(this.call(call, 2, call.op === "linear" || call.op === "matmul" ? 2 : 1.5), "backward");
+    return this.launched(this.call(call, 2, BACKWARD_TRAFFIC[call.op] ?? 1.5), "backward");
   }
 
   /** Two more products, the softmax's gradient over logits in fp32, and the chunks' gradients of the weight into their sum. */
