@@ -30,7 +30,8 @@ const KERNEL_SECONDS = 2e-6;
 /**
  * Host seconds that libtorch takes for a call of a program, views too, over those of one plain operator (operatorSeconds):
  * forward with autograd, and backward with its gradients' sums. An H100 beside a Xeon: a layer of the 100m preset took 1.35
- * and 2.42 ms, with 2,048 tokens as with 4,096, and an operator 9.4 us (docs/gpu/h100-2026-11-28.md).
+ * and 2.42 ms, with 2,048 tokens as with 4,096, and an operator 9.4 us (docs/gpu/h100-2026-11-28.md). It was 69 calls then;
+ * of the 24 that it is with operators of our own it has not been timed.
  */
 const LAUNCHES = { forward: 2.1, backward: 5.2 } as const;
 
