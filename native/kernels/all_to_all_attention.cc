@@ -17,6 +17,7 @@
 #include <bit>
 #include <numeric>
 
+#include "kernels/checks.h"
 #include "kernels/ring_attention.h"
 #include "kernels/ring_attention_peers.h"
 
@@ -72,7 +73,7 @@ struct Exchange : public torch::autograd::Function<Exchange> {
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
                                                  torch::autograd::variable_list grads) {
-    refuse_double_backward(kName);
+    refuse_double_backward(kName, kOverRanks);
     auto& saved = context->saved_data;
     return {run(grads[0], !saved["to_sequence"].toBool(), saved["zigzag"].toBool(), saved["group"].toStringRef()),
             {},

@@ -1,10 +1,17 @@
 // Argument checks that the CPU and CUDA twins share.
 #pragma once
 #include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
 
 #include <optional>
 
 namespace stroma {
+
+// Throws where a backward is itself to be differentiated: ours have no derivative.
+inline void refuse_double_backward(const char* op, const char* when = "") {
+  TORCH_CHECK(!at::GradMode::is_enabled(), "[stroma::", op, "] has no second derivative", when,
+              ": call backward without create_graph");
+}
 
 // `t` is contiguous, of `n` elements of `dtype`, on `device`.
 inline void check_flat(const char* op, const char* name, const at::Tensor& t, int64_t n, at::ScalarType dtype,
@@ -99,6 +106,53 @@ inline void check_dropout(const at::Tensor& x, double p, const at::Tensor& key) 
   TORCH_CHECK(key.scalar_type() == at::kLong && key.numel() == 4 && key.is_cpu() && key.is_contiguous(),
               "[stroma::dropout] expected key int64 [4] on the CPU (seed, step, micro-batch, block), got ",
               key.scalar_type(), " ", key.sizes(), " on ", key.device());
+}
+
+// Norms are computed in at least float32.
+inline at::ScalarType wide_type(const at::Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+inline void check_rms_norm(const at::Tensor& x, const at::Tensor& weight) {
+  TORCH_CHECK(x.is_floating_point() && x.dim() >= 1, "[stroma::rms_norm] expected a floating x [..., D], got ",
+              x.scalar_type(), " ", x.sizes());
+  TORCH_CHECK(weight.dim() == 1 && weight.size(0) == x.size(-1) && weight.scalar_type() == x.scalar_type() &&
+                  weight.device() == x.device(),
+              "[stroma::rms_norm] expected weight ", x.scalar_type(), " [", x.size(-1), "] on ", x.device(), ", got ",
+              weight.scalar_type(), " ", weight.sizes(), " on ", weight.device());
+}
+
+inline void check_silu_mul(const at::Tensor& gate, const at::Tensor& up) {
+  TORCH_CHECK(gate.is_floating_point() && gate.scalar_type() == up.scalar_type() && gate.sizes() == up.sizes() &&
+                  gate.device() == up.device(),
+              "[stroma::silu_mul] expected gate and up of one floating dtype, one shape and one device, got ",
+              gate.scalar_type(), " ", gate.sizes(), " on ", gate.device(), " and ", up.scalar_type(), " ", up.sizes(),
+              " on ", up.device());
+}
+
+inline void check_rotate(const at::Tensor& x, const at::Tensor& table) {
+  TORCH_CHECK(x.is_floating_point() && x.dim() == 4 && x.size(3) % 2 == 0,
+              "[stroma::rotate] expected a floating x [B, N, T, H] with an even H, got ", x.scalar_type(), " ",
+              x.sizes());
+  TORCH_CHECK(table.dim() == 3 && table.size(0) == x.size(0) && table.size(1) == x.size(2) &&
+                  table.size(2) == x.size(3) && table.scalar_type() == x.scalar_type() && table.device() == x.device(),
+              "[stroma::rotate] expected a table ", x.scalar_type(), " [B, T, H] = [", x.size(0), ", ", x.size(2), ", ",
+              x.size(3), "] on ", x.device(), ", got ", table.scalar_type(), " ", table.sizes(), " on ",
+              table.device());
+}
+
+inline void check_rotary_table(const at::Tensor& positions, int64_t head_dim, at::ScalarType dtype) {
+  TORCH_CHECK(positions.scalar_type() == at::kLong && positions.dim() == 2,
+              "[stroma::rotary_table] expected positions int64 [B, T], got ", positions.scalar_type(), " ",
+              positions.sizes());
+  TORCH_CHECK(head_dim > 0 && head_dim % 2 == 0, "[stroma::rotary_table] expected an even head_dim, got ", head_dim);
+  TORCH_CHECK(at::isFloatingType(dtype), "[stroma::rotary_table] expected a floating dtype, got ", dtype);
+}
+
+// x, or a copy of it, whose rows of the last dim lie one element beside the next, without gaps between rows: what is
+// made like it has its strides.
+inline at::Tensor rows_dense(const at::Tensor& x) {
+  return x.is_non_overlapping_and_dense() && x.stride(-1) == 1 ? x : x.contiguous();
 }
 
 }  // namespace stroma

@@ -17,6 +17,19 @@ TORCH_LIBRARY(stroma, m) {
       "int ignore_index) -> Tensor");
   m.def("dropout(Tensor x, float p, Tensor key, int site) -> Tensor");
   m.def("dropout_apply(Tensor x, float p, Tensor key, int site) -> Tensor");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("rms_norm_forward(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
+  m.def(
+      "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor r, bool need_x, bool need_weight) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def(
+      "rotary_table(Tensor positions, int head_dim, float theta, float? factor, float? low_freq_factor, "
+      "float? high_freq_factor, float? original_max_positions, ScalarType dtype) -> Tensor");
+  m.def("rotate(Tensor x, Tensor table) -> Tensor");
+  m.def("rotate_apply(Tensor x, Tensor table, bool back) -> Tensor");
+  m.def("silu_mul(Tensor gate, Tensor up) -> Tensor");
+  m.def("silu_mul_forward(Tensor gate, Tensor up) -> Tensor");
+  m.def("silu_mul_backward(Tensor dy, Tensor gate, Tensor up) -> (Tensor, Tensor)");
   m.def(
       "ring_attention(Tensor q, Tensor k, Tensor v, Tensor? document_ids, bool is_causal, float? scale, str group, "
       "float dropout_p=0.0) -> Tensor");

@@ -20,6 +20,7 @@
 // and three times 4 E; one block pair's kernel workspace. All of it falls as 1 / R, document masks (B t^2 S) as 1 /
 // R^2.
 #include "kernels/ring_attention.h"
+#include "kernels/checks.h"
 
 #include <ATen/Functions.h>
 #include <ATen/OpMathType.h>
@@ -219,7 +220,7 @@ struct RingAttention : public torch::autograd::Function<RingAttention> {
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
                                                  torch::autograd::variable_list grads) {
-    refuse_double_backward(kName);
+    refuse_double_backward(kName, kOverRanks);
     const auto saved = context->get_saved_variables();
     const std::optional<at::Tensor> document_ids = saved[3].defined() ? std::optional(saved[3]) : std::nullopt;
     const SequenceAttention a{kName,

@@ -54,8 +54,8 @@ SequenceAttention check_sequence_attention(const char* op, const at::Tensor& q, 
 // Attention on one rank that holds the whole sequence in order: libtorch's own, called as a block of a model calls it.
 at::Tensor whole_attention(const SequenceAttention& a);
 
-// Throws where a backward is itself to be differentiated: the transfers in it have no derivative.
-void refuse_double_backward(const char* op);
+// When a second derivative is refused: the transfers in a backward have none.
+inline constexpr const char* kOverRanks = " on more than one rank";
 
 // ranks shares of one sequence -> the sequence, along `dim`; `zigzag` as in causal attention.
 at::Tensor merge_sequence(at::TensorList shares, int64_t dim, bool zigzag);

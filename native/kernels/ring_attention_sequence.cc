@@ -100,11 +100,6 @@ at::Tensor whole_attention(const SequenceAttention& a) {
   return at::scaled_dot_product_attention(a.q, a.k, a.v, mask, 0.0, a.causal && !mask.has_value(), a.scale, grouped);
 }
 
-void refuse_double_backward(const char* op) {
-  TORCH_CHECK(!at::GradMode::is_enabled(), "[stroma::", op,
-              "] has no second derivative on more than one rank: call backward without create_graph");
-}
-
 TORCH_LIBRARY_IMPL(stroma, CompositeImplicitAutograd, m) {
   m.impl("split_sequence", split_sequence);
   m.impl("merge_sequence", merge_sequence);

@@ -1,6 +1,7 @@
 /** What a graph costs, from the op table: parameters, floating-point operations, bytes. */
 import { dimAdd, dimMul, evaluate } from "./dims.js";
-import { numel, rules, type Saved } from "./rules.js";
+import { numel, type Saved } from "./rule.js";
+import { rules } from "./rules.js";
 import type { Dim, DType, Graph, Program } from "./types.js";
 import { type InferredValue, inferProgram } from "./validate.js";
 import { dtypeBytes, type TensorMeta } from "./value.js";

@@ -93,6 +93,9 @@ export const gelu = (x: Value, approximate: "none" | "tanh" = "none"): Value => 
 export const where = (condition: Value, a: Value, b: Value): Value => apply("where", condition, a, b);
 export const maskedFill = (x: Value, mask: Value, value: number): Value => apply("maskedFill", x, mask, value);
 
+/** silu(gate) * up, SwiGLU's product. */
+export const siluMul = (gate: Value, up: Value): Value => apply("siluMul", gate, up);
+
 /** The same value in another dtype; records nothing when it has it already. */
 export const to = (x: Value, dtype: DType): Value => (x.dtype === dtype ? x : apply("to", x, dtype));
 
@@ -117,6 +120,45 @@ export const layerNorm = (
   bias: Value | null,
   eps: number,
 ): Value => apply("layerNorm", x, size, weight, bias, eps);
+
+/** Over the last dim, computed in at least float32 and rounded before weight [D] multiplies. x [..., D] -> [..., D] */
+export const rmsNorm = (x: Value, weight: Value, eps: number): Value => apply("rmsNorm", x, weight, eps);
+
+/** Llama 3.1's stretching of the slow frequencies (Hugging Face: rope_type "llama3"). */
+export interface Llama3RopeScaling {
+  type: "llama3";
+  factor: number;
+  lowFreqFactor: number;
+  highFreqFactor: number;
+  originalMaxPositions: number;
+}
+
+export interface RopeOptions {
+  theta: number;
+  scaling?: Llama3RopeScaling | null;
+}
+
+/**
+ * Rotary positions (Su et al., arXiv 2104.09864): positions int64 [B, T] -> [B, T, H] in `dtype`, half of it cosines and
+ * half sines of position x frequency, computed in at least float32. For `rotate`; no gradient.
+ */
+export function rotaryTable(positions: Value, headDim: number, options: RopeOptions, dtype: DType): Value {
+  const { theta, scaling: s = null } = options;
+  const of = <K extends keyof Llama3RopeScaling>(key: K) => s?.[key] ?? null;
+  return apply(
+    "rotaryTable",
+    positions,
+    headDim,
+    theta,
+    of("factor"),
+    of("lowFreqFactor"),
+    of("highFreqFactor"),
+    of("originalMaxPositions"),
+    dtype,
+  );
+}
+/** x [B, N, T, H] turned by a table [B, T, H]; halves pair up as in Hugging Face (GPT-NeoX order). */
+export const rotate = (x: Value, table: Value): Value => apply("rotate", x, table);
 
 /** One size may be -1. The strides of `x` must allow it; `reshape` copies where they do not. */
 export const view = (x: Value, size: readonly Dim[]): Value => apply("view", x, size);

@@ -3,83 +3,25 @@
  * and what autograd holds of it until backward. A missing rule is a type error.
  */
 
-import { ranksOfGroup } from "./context.js";
 import { dimAdd, dimDivideExactly, dimEqual, dimFloorDiv, dimMul, dimSub, shapeEqual, showShape } from "./dims.js";
-import type { OpArguments, OpName } from "./schemas.js";
+import {
+  axis,
+  broadcast,
+  describe,
+  fail,
+  last,
+  meta,
+  needFloating,
+  needInteger,
+  numel,
+  type OpRule,
+  type Rules,
+  replaced,
+  sameDType,
+} from "./rule.js";
+import { ours } from "./rules-ours.js";
 import type { Dim, DType } from "./types.js";
 import { isFloating, promote, type TensorMeta } from "./value.js";
-
-/** What a rule reports; the tracer adds model, block and op. */
-export class RuleError extends Error {}
-
-/** A tensor that autograd keeps: one of the values at hand, or one of its own. */
-export type Saved = TensorMeta | { readonly own: { dtype: DType; shape: readonly Dim[] } };
-
-export interface OpRule<A> {
-  infer(args: A): TensorMeta;
-  /** Multiplications and additions of the forward, for a backward's estimate of twice as much. */
-  flops(args: A, out: TensorMeta): Dim;
-  /** What stays until backward; parameters among it cost nothing more. */
-  saved(args: A, out: TensorMeta): readonly Saved[];
-  /** The result shares memory with the first tensor (always or when it can). */
-  readonly view?: true;
-}
-
-type Rules = { readonly [K in OpName]: OpRule<OpArguments<TensorMeta>[K]> };
-
-export const numel = (shape: readonly Dim[]): Dim => dimMul(...shape);
-
-const describe = (t: TensorMeta): string =>
-  `${t.label === undefined ? "" : `${t.label} `}${t.dtype} ${showShape(t.shape)}`;
-
-function fail(message: string): never {
-  throw new RuleError(message);
-}
-
-function axis(t: TensorMeta, dim: number, extra = 0): number {
-  const rank = t.shape.length + extra;
-  if (!Number.isInteger(dim) || dim < -rank || dim >= rank) fail(`dim ${dim} is not one of ${describe(t)}`);
-  return dim < 0 ? dim + rank : dim;
-}
-
-function sameDType(a: TensorMeta, b: TensorMeta, what: string): void {
-  if (a.dtype !== b.dtype) fail(`expected ${what} of one dtype, got ${describe(a)} and ${describe(b)}`);
-}
-
-function needFloating(t: TensorMeta): void {
-  if (!isFloating(t.dtype)) fail(`expected a floating dtype, got ${describe(t)}`);
-}
-
-function needInteger(t: TensorMeta, what: string): void {
-  if (t.dtype !== "int64" && t.dtype !== "int32") fail(`expected ${what} of int64 or int32, got ${describe(t)}`);
-}
-
-/** Broadcast of shapes; a dim is stretched only when it is the number 1. */
-function broadcast(tensors: readonly TensorMeta[]): Dim[] {
-  const rank = Math.max(...tensors.map((t) => t.shape.length));
-  const out: Dim[] = [];
-  for (let i = 0; i < rank; i++) {
-    let dim: Dim = 1;
-    for (const t of tensors) {
-      const j = i - (rank - t.shape.length);
-      const d = j < 0 ? 1 : t.shape[j]!;
-      if (d === 1 || dimEqual(d, dim)) continue;
-      if (dim !== 1) fail(`shapes do not broadcast: ${tensors.map(describe).join(" and ")} differ in ${dim} and ${d}`);
-      dim = d;
-    }
-    out.push(dim);
-  }
-  return out;
-}
-
-const anyGrad = (dtype: DType, ...tensors: (TensorMeta | null)[]): boolean =>
-  isFloating(dtype) && tensors.some((t) => t?.grad === true);
-
-const meta = (dtype: DType, shape: readonly Dim[], ...from: (TensorMeta | null)[]): TensorMeta => ({
-  dtype,
-  shape,
-  grad: anyGrad(dtype, ...from),
-});
 
 // ---- elementwise
 
@@ -176,10 +118,6 @@ function reduced(t: TensorMeta, dims: readonly number[], keepdim: boolean): Dim[
   const gone = new Set((dims.length === 0 ? t.shape.map((_, i) => i) : dims).map((d) => axis(t, d)));
   return t.shape.flatMap((d, i) => (gone.has(i) ? (keepdim ? [1] : []) : [d]));
 }
-
-const replaced = (shape: readonly Dim[], i: number, d: Dim): Dim[] => shape.map((s, j) => (i === j ? d : s));
-const last = (t: TensorMeta, back = 1): Dim =>
-  t.shape[t.shape.length - back] ?? fail(`expected at least ${back} dims, got ${describe(t)}`);
 
 function softmaxRule(): OpRule<[TensorMeta, number, DType | null]> {
   return {
@@ -448,56 +386,6 @@ const views = {
   },
 } satisfies Partial<Rules>;
 
-// ---- attention over ranks: [B, heads, t, head dim], t tokens of R t
-
-const logsumexp = (q: TensorMeta): Saved => ({
-  own: { dtype: q.dtype === "float64" ? "float64" : "float32", shape: q.shape.slice(0, 3) },
-});
-
-const ranksOf = (group: string): number =>
-  ranksOfGroup(group) ?? fail(`expected a group of ranks "context:R", got "${group}"`);
-
-/** How often each key/value head stands, so that R divides them. */
-function copiesOfHeads(heads: Dim, ranks: number): number {
-  if (typeof heads !== "number") return 1;
-  let copies = 1;
-  while ((heads * copies) % ranks !== 0) copies++;
-  return copies;
-}
-
-type OverRanks = OpArguments<TensorMeta>["ringAttention"];
-
-function overRanks(
-  check: (q: TensorMeta, ranks: number) => void,
-  saved: (args: OverRanks, out: TensorMeta) => Saved[],
-): OpRule<OverRanks> {
-  return {
-    infer: ([q, k, v, documents, , , group]) => {
-      sameDType(q, k, "query and key");
-      sameDType(q, v, "query and value");
-      needFloating(q);
-      for (const t of [q, k, v]) if (t.shape.length !== 4) fail(`expected [B, heads, t, head dim], got ${describe(t)}`);
-      const [qs, ks, vs] = [q.shape, k.shape, v.shape];
-      if (!shapeEqual([qs[0]!, ...qs.slice(2)], [ks[0]!, ...ks.slice(2)]))
-        fail(`expected keys of the query's own tokens, got ${describe(q)} and ${describe(k)}`);
-      if (!shapeEqual(ks.slice(0, 3), vs.slice(0, 3))) fail(`key ${describe(k)} and value ${describe(v)} do not match`);
-      if (dimDivideExactly(qs[1]!, ks[1]!) === null)
-        fail(`expected query heads to be a multiple of the key heads, got ${describe(q)} and ${describe(k)}`);
-      if (documents !== null && (documents.dtype !== "int64" || !shapeEqual(documents.shape, [qs[0]!, qs[2]!])))
-        fail(`expected document ids int64 ${showShape([qs[0]!, qs[2]!])}, got ${describe(documents)}`);
-      check(q, ranksOf(group));
-      return meta(q.dtype, [...qs.slice(0, 3), vs[3]!], q, k, v);
-    },
-    // The rank's own queries against the keys of all; causal, half of the pairs on every rank (the zigzag).
-    flops: ([q, k, v, , causal, , group]) => {
-      const pairs = dimMul(...q.shape.slice(0, 3), k.shape[2]!, ranksOf(group));
-      const all = dimMul(2, pairs, dimAdd(q.shape[3]!, v.shape[3]!));
-      return causal ? (dimDivideExactly(all, 2) ?? all) : all;
-    },
-    saved: (args, out) => (out.grad ? saved(args, out) : []),
-  };
-}
-
 const products = {
   matmul: {
     infer: ([a, b]) => {
@@ -584,65 +472,6 @@ const products = {
         ? [q, k, v, out, ...(mask === null ? [] : [mask]), { own: { dtype: "float32", shape: q.shape.slice(0, 3) } }]
         : [],
   },
-  crossEntropyHead: {
-    infer: ([x, w, bias, labels, scale, chunk]) => {
-      sameDType(x, w, "input and weight");
-      if (x.shape.length !== 2 || w.shape.length !== 2 || !dimEqual(x.shape[1]!, w.shape[1]!)) {
-        fail(`expected input [N, D] and weight [V, D], got ${describe(x)} and ${describe(w)}`);
-      }
-      if (bias !== null && !shapeEqual(bias.shape, [w.shape[0]!]))
-        fail(`expected a bias of [${w.shape[0]}], got ${describe(bias)}`);
-      if (labels.dtype !== "int64" || !shapeEqual(labels.shape, [x.shape[0]!])) {
-        fail(`expected labels int64 [${x.shape[0]}], got ${describe(labels)}`);
-      }
-      if ((scale.dtype !== "float32" && scale.dtype !== "float64") || scale.shape.length !== 0)
-        fail(`expected a float32 or float64 scalar as scale, got ${describe(scale)}`);
-      if (!Number.isInteger(chunk) || chunk < 1) fail(`expected a chunk of at least 1 row, got ${chunk}`);
-      // Summed in at least float32, in float64 where the model computes in it.
-      return meta(x.dtype === "float64" ? "float64" : "float32", [], x, w, bias);
-    },
-    flops: ([x, w]) => dimMul(dimAdd(dimMul(2, x.shape[1]!), 5), x.shape[0]!, w.shape[0]!),
-    // The gradients are made chunk by chunk during the forward and held.
-    saved: ([x, w, bias], out) =>
-      out.grad
-        ? [x, w, ...(bias === null ? [] : [bias])]
-            .filter((t) => t.grad)
-            .map((t) => ({ own: { dtype: t.dtype, shape: t.shape } }))
-        : [],
-  },
-  // Nothing but what autograd holds anyhow; the blocks of other ranks come by again in the backward.
-  ringAttention: overRanks(
-    () => {},
-    ([q, k, v, documents], out) => [q, k, v, out, ...(documents === null ? [] : [documents]), logsumexp(q)],
-  ),
-  allToAllAttention: overRanks(
-    (q, ranks) => {
-      if (dimDivideExactly(q.shape[1]!, ranks) === null)
-        fail(`expected query heads to be a multiple of the ${ranks} ranks, got ${describe(q)}: use "ring"`);
-    },
-    // Whole rows of N / R heads: as many elements as q has; keys and values as often as R does not divide their heads.
-    ([q, k, v, documents, , , group], out) => {
-      const ranks = ranksOf(group);
-      const own = (t: TensorMeta, copies = 1): Saved => ({ own: { dtype: q.dtype, shape: [copies, ...t.shape] } });
-      const copies = copiesOfHeads(k.shape[1]!, ranks);
-      const T = dimMul(ranks, q.shape[2]!);
-      // As attention saves it: additive.
-      const mask: Saved = { own: { dtype: q.dtype, shape: [q.shape[0]!, T, T] } };
-      return [own(q), own(k, copies), own(v, copies), own(out), ...(documents === null ? [] : [mask]), logsumexp(q)];
-    },
-  ),
-  dropout: {
-    infer: ([x, p, key, site]) => {
-      needFloating(x);
-      if (!(p >= 0 && p < 1)) fail(`expected a dropout probability in [0, 1), got ${p}`);
-      if (key.dtype !== "int64" || !shapeEqual(key.shape, [4])) fail(`expected a key int64 [4], got ${describe(key)}`);
-      if (!Number.isInteger(site) || site < 0) fail(`expected a site index, got ${site}`);
-      return meta(x.dtype, x.shape, x);
-    },
-    flops: (_, out) => dimMul(2, ...out.shape),
-    // Drawn again in the backward from the key.
-    saved: ([, , key], out) => (out.grad ? [key] : []),
-  },
 } satisfies Partial<Rules>;
 
-export const rules: Rules = { ...elementwise, ...reductions, ...views, ...products };
+export const rules: Rules = { ...elementwise, ...reductions, ...views, ...products, ...ours };

@@ -181,6 +181,22 @@ export const schemas = {
       "int ignore_index",
     ],
   },
+  rmsNorm: { overload: "stroma::rms_norm", args: ["tensor x", "tensor weight", "float eps"] },
+  rotaryTable: {
+    overload: "stroma::rotary_table",
+    args: [
+      "tensor positions",
+      "int head_dim",
+      "float theta",
+      "float? factor",
+      "float? low_freq_factor",
+      "float? high_freq_factor",
+      "float? original_max_positions",
+      "dtype dtype",
+    ],
+  },
+  rotate: { overload: "stroma::rotate", args: ["tensor x", "tensor table"] },
+  siluMul: { overload: "stroma::silu_mul", args: ["tensor gate", "tensor up"] },
   dropout: { overload: "stroma::dropout", args: ["tensor x", "float p", "tensor key", "int site"] },
   // Attention over rows that a group of ranks holds in parts (native/kernels/ring_attention.h)
   ringAttention: overRanks("stroma::ring_attention"),

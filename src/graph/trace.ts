@@ -7,7 +7,8 @@ import { type Context, type ContextOptions, checkContext, SEQUENCE_DIM } from ".
 import { canonical, dimNames, shapeEqual, showShape } from "./dims.js";
 import { encodeCall } from "./encode.js";
 import type { BlockScope, LossOptions, ModelDefinition, ModelScope, ParameterOptions } from "./model.js";
-import { RuleError, rules } from "./rules.js";
+import { RuleError } from "./rule.js";
+import { rules } from "./rules.js";
 import { type OpArguments, type OpName, schemas } from "./schemas.js";
 import type {
   BatchInput,

@@ -5,7 +5,8 @@
 import { StromaError } from "../errors.js";
 import { canonical, shapeEqual, showShape } from "./dims.js";
 import { decodeCall } from "./encode.js";
-import { RuleError, rules } from "./rules.js";
+import { RuleError } from "./rule.js";
+import { rules } from "./rules.js";
 import type { OpName } from "./schemas.js";
 import type { BatchInput, Dim, DType, Graph, Program, ProgramInput, ProgramOutput, Source } from "./types.js";
 import { DTYPES, isFloating, scaleDType, type TensorMeta } from "./value.js";

@@ -1,68 +1,10 @@
-/** Rotary positions and grouped-query attention. */
+/** Grouped-query attention. */
 import { StromaError } from "../errors.js";
 import type { BlockScope } from "../graph/model.js";
 import * as ops from "../graph/ops.js";
-import type { DType, Init } from "../graph/types.js";
+import type { Init } from "../graph/types.js";
 import type { Value } from "../graph/value.js";
-import { fixed, linear, rmsNorm, wideDType } from "./layers.js";
-
-/** Llama 3.1's stretching of the slow frequencies (Hugging Face: rope_type "llama3"). */
-export interface Llama3RopeScaling {
-  type: "llama3";
-  factor: number;
-  lowFreqFactor: number;
-  highFreqFactor: number;
-  originalMaxPositions: number;
-}
-
-export interface RopeOptions {
-  theta: number;
-  scaling?: Llama3RopeScaling | null;
-}
-
-export interface Rotation {
-  /** [B, 1, T, H] in the activations' dtype. */
-  cos: Value;
-  sin: Value;
-}
-
-/**
- * cos and sin of position x frequency (Su et al., arXiv 2104.09864), positions int64 [B, T], in float32 (float64 when the
- * model computes in it), by the same ops as Hugging Face's LlamaRotaryEmbedding, so that the bits agree.
- */
-export function rotation(positions: Value, headDim: number, options: RopeOptions, dtype: DType): Rotation {
-  const wide: DType = dtype === "float64" ? "float64" : "float32";
-  const half = headDim / 2;
-  // 0, 2, 4, ... made from the positions' device.
-  const even = ops.mul(ops.sub(ops.cumsum(ops.newOnes(positions, [half]), 0), 1), 2);
-  let frequency = ops.reciprocal(ops.pow(options.theta, ops.div(ops.to(even, wide), headDim)));
-  if (options.scaling) frequency = llama3(frequency, options.scaling);
-  const [B, T] = positions.shape as [Value["shape"][number], Value["shape"][number]];
-  const at = ops.mul(ops.view(ops.to(positions, wide), [B, T, 1]), frequency);
-  const both = (x: Value) => ops.unsqueeze(ops.to(ops.cat([x, x], -1), dtype), 1);
-  return { cos: both(ops.cos(at)), sin: both(ops.sin(at)) };
-}
-
-function llama3(frequency: Value, s: Llama3RopeScaling): Value {
-  const lowWavelength = s.originalMaxPositions / s.lowFreqFactor;
-  const highWavelength = s.originalMaxPositions / s.highFreqFactor;
-  const wavelength = ops.mul(ops.reciprocal(frequency), 2 * Math.PI);
-  const slow = ops.where(ops.gt(wavelength, lowWavelength), ops.div(frequency, s.factor), frequency);
-  const smooth = ops.div(
-    ops.sub(ops.mul(ops.reciprocal(wavelength), s.originalMaxPositions), s.lowFreqFactor),
-    s.highFreqFactor - s.lowFreqFactor,
-  );
-  const blended = ops.add(ops.div(ops.mul(ops.add(ops.neg(smooth), 1), slow), s.factor), ops.mul(smooth, slow));
-  const medium = ops.logicalAnd(ops.ge(wavelength, highWavelength), ops.le(wavelength, lowWavelength));
-  return ops.where(medium, blended, slow);
-}
-
-/** x [B, N, T, H] turned by the rotation; halves pair up as in Hugging Face (GPT-NeoX order). */
-export function rotate(x: Value, { cos, sin }: Rotation): Value {
-  const half = (x.shape[3] as number) / 2;
-  const turned = ops.cat([ops.neg(ops.slice(x, -1, half)), ops.slice(x, -1, 0, half)], -1);
-  return ops.add(ops.mul(x, cos), ops.mul(turned, sin));
-}
+import { fixed, linear, rmsNorm } from "./layers.js";
 
 export interface AttentionOptions {
   heads: number;
@@ -71,7 +13,8 @@ export interface AttentionOptions {
   bias?: boolean;
   /** RMS norm of each query and key head before the rotation (Qwen3): its epsilon. */
   qkNormEps?: number | null;
-  rotation: Rotation | null;
+  /** Turns queries and keys: a table [B, T, H] of ops.rotaryTable. */
+  rotation: Value | null;
   /** int64 [B, T]: packed documents, which do not see each other. Without, every position sees all before it. */
   documents?: Value | null;
   init?: Init;
@@ -100,7 +43,7 @@ export function selfAttention(p: BlockScope, x: Value, options: AttentionOptions
   const normed = (name: string, y: Value): Value =>
     options.qkNormEps == null ? y : rmsNorm(p.sub(`${name}_norm`), y, options.qkNormEps);
   const heads_ = (y: Value): Value => ops.transpose(y, 1, 2);
-  const turned = (y: Value): Value => (options.rotation === null ? y : rotate(y, options.rotation));
+  const turned = (y: Value): Value => (options.rotation === null ? y : ops.rotate(y, options.rotation));
 
   const q_BNTH = turned(heads_(normed("q", split("q", heads))));
   const k_BKTH = turned(heads_(normed("k", split("k", kvHeads))));
@@ -128,5 +71,3 @@ export function documentMask(segments: Value): Value {
   const same = ops.eq(ops.view(segments, [B, 1, T, 1]), ops.view(segments, [B, 1, 1, T]));
   return ops.logicalAnd(causal, same);
 }
-
-export { wideDType };

@@ -41,10 +41,7 @@ export function embedding(p: BlockScope, ids: Value, rows: number, dim: number, 
  */
 export function rmsNorm(p: BlockScope, x: Value, eps: number): Value {
   const weight = p.param("weight", [fixed(p, x, -1)], { init: { kind: "ones" }, decay: false });
-  const wide = ops.to(x, wideDType(x));
-  const variance = ops.mean(ops.pow(wide, 2), [-1], true);
-  const normed = ops.mul(wide, ops.rsqrt(ops.add(variance, eps)));
-  return ops.mul(weight, ops.to(normed, x.dtype));
+  return ops.rmsNorm(x, weight, eps);
 }
 
 /** Layer norm over the last dim (Ba et al., arXiv 1607.06450). Parameters weight [D] ones, bias [D] zeros. */
@@ -77,14 +74,11 @@ export interface GatedMlpOptions {
 /** SwiGLU (Shazeer, arXiv 2002.05202): down_proj(silu(gate_proj x) * up_proj x). x [..., D] -> [..., D] */
 export function swiGlu(p: BlockScope, x: Value, ffn: number, options: GatedMlpOptions = {}): Value {
   const { bias, init } = options;
-  const gate = ops.silu(linear(p.sub("gate_proj"), x, ffn, { bias, init }));
+  const gate = linear(p.sub("gate_proj"), x, ffn, { bias, init });
   const up = linear(p.sub("up_proj"), x, ffn, { bias, init });
   const outputInit = options.outputInit ?? init;
-  return linear(p.sub("down_proj"), ops.mul(gate, up), fixed(p, x, -1), { bias, init: outputInit });
+  return linear(p.sub("down_proj"), ops.siluMul(gate, up), fixed(p, x, -1), { bias, init: outputInit });
 }
-
-/** The dtype that norms and rotations compute in. */
-export const wideDType = (x: Value) => (x.dtype === "float64" ? "float64" : "float32");
 
 /** A dim that a parameter's shape needs as a number. */
 export function fixed(p: BlockScope, x: Value, dim: number): number {

@@ -1,6 +1,7 @@
 /** A program's calls at given sizes: what the models of memory and time walk. */
 import { evaluate } from "../graph/dims.js";
-import { rules, type Saved } from "../graph/rules.js";
+import type { Saved } from "../graph/rule.js";
+import { rules } from "../graph/rules.js";
 import type { OpName } from "../graph/schemas.js";
 import type { Dim, DType, Graph } from "../graph/types.js";
 import { type InferredValue, inferProgram } from "../graph/validate.js";

@@ -13,7 +13,6 @@ import {
   type Curve,
   formatKey,
   type MEASURED_OPS,
-  type MeasuredOp,
   type MeasuredRates,
   type OperatorRates,
   onCurve,
@@ -73,17 +72,11 @@ const LIKE: Record<Exclude<OpName, Own | Product>, Own> = {
   stack: "cat",
   repeatInterleave: "cat",
   indexSelect: "embedding",
+  rotaryTable: "cos",
 };
 
-/** The innermost dim of a head or of half of one: below this a loop's start is felt. */
-const SHORT_ROW = 128;
-const ROWS: Partial<Record<Own, MeasuredOp>> = {
-  mul: "mul rows",
-  add: "add rows",
-  neg: "neg rows",
-  cat: "cat rows",
-  slice: "slice rows",
-};
+/** One kernel makes the gradients of all inputs. */
+const TOGETHER: ReadonlySet<OpName> = new Set(["rmsNorm", "siluMul"]);
 
 export class MeasuredTimes implements Times {
   private readonly products: ProductRates;
@@ -148,8 +141,8 @@ export class MeasuredTimes implements Times {
     const count = this.count(call);
     const each = onCurve(this.operator(call).backward, count);
     let seconds = 0;
-    for (const t of tensors) {
-      if (!t.grad) continue;
+    const derived = tensors.filter((t) => t.grad);
+    for (const t of TOGETHER.has(op) ? derived.slice(0, 1) : derived) {
       seconds += each;
       // What was stretched is summed back: over rows where its last dim was whole, else along them.
       if (broadcasts(call) && t.elements < out.elements)
@@ -278,10 +271,8 @@ export class MeasuredTimes implements Times {
     return Math.max(out.elements, ...tensors.map((t) => t.elements)) * this.width;
   }
 
-  private operator({ op, out }: SizedCall): OperatorRates {
-    const own = op in LIKE ? LIKE[op as keyof typeof LIKE] : (op as Own);
-    const short = out.shape.length > 3 && (out.shape.at(-1) ?? 0) <= SHORT_ROW;
-    return this.rates.operators[(short ? ROWS[own] : undefined) ?? own];
+  private operator({ op }: SizedCall): OperatorRates {
+    return this.rates.operators[op in LIKE ? LIKE[op as keyof typeof LIKE] : (op as Own)];
   }
 }
 

@@ -30,9 +30,21 @@ const KERNEL_SECONDS = 2e-6;
 /**
  * Host seconds that libtorch takes for a call of a program, views too, over those of one plain operator (operatorSeconds):
  * forward with autograd, and backward with its gradients' sums. An H100 beside a Xeon: a layer of the 100m preset took 1.35
- * and 2.42 ms, with 2,048 tokens as with 4,096, and an operator 9.4 us (docs/gpu/h100-2026-11-28.md).
+ * and 2.42 ms, with 2,048 tokens as with 4,096, and an operator 9.4 us (docs/gpu/h100-2026-11-28.md). It was 69 calls then;
+ * of the 24 that it is with operators of our own it has not been timed.
  */
 const LAUNCHES = { forward: 2.1, backward: 5.2 } as const;
+
+/** Bytes that a backward moves, over those of its forward, where it is not half as many again. */
+const BACKWARD_TRAFFIC: Partial<Record<OpName, number>> = {
+  linear: 2,
+  matmul: 2,
+  rotate: 1,
+  // Two more values written, or read, beside three.
+  siluMul: 5 / 3,
+  // Its input's gradient reads two values and writes one; its weight's reads the two again.
+  rmsNorm: 5 / 2,
+};
 
 /** Moved for a logit, there and again back: as bfloat16, as float32, its softmax, the gradients of both (measured there too). */
 const LOGIT_BYTES = 44;
@@ -56,7 +68,7 @@ export class Roofline implements Times {
   }
 
   backward(call: SizedCall): Cost {
-    return this.launched(this.call(call, 2, call.op === "linear" || call.op === "matmul" ? 2 : 1.5), "backward");
+    return this.launched(this.call(call, 2, BACKWARD_TRAFFIC[call.op] ?? 1.5), "backward");
   }
 
   /** Two more products, the softmax's gradient over logits in fp32, and the chunks' gradients of the weight into their sum. */

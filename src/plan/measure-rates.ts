@@ -121,12 +121,12 @@ function products(dtype: string, rows: number[], sizes: number[]): ProductRates 
   };
 }
 
-/** The call, and the tensor that a gradient is asked of (null: none is). */
-type Case = { call: () => Tensor; of: Tensor | null };
+/** The call, and the tensors that gradients are asked of. */
+type Case = { call: () => Tensor; of: readonly Tensor[] };
 
 const plain = (op: OpName, n: number, ...more: unknown[]): Case => {
   const x = derived(full(shaped(n)));
-  return { call: () => callOp(schemas[op].overload, [x, ...more]) as Tensor, of: x };
+  return { call: () => callOp(schemas[op].overload, [x, ...more]) as Tensor, of: [x] };
 };
 /** [1, heads, T, 64] on a transposed view of n elements, as queries and keys come to their rotation. */
 const heads = (n: number): Tensor => {
@@ -155,6 +155,16 @@ const CASES: Record<MeasuredOp, (n: number) => Case> = {
   gelu: (n) => plain("gelu", n),
   softmax: (n) => plain("softmax", n, -1, null),
   layerNorm: (n) => plain("layerNorm", n, [Math.min(n, COLUMNS)], full([Math.min(n, COLUMNS)]), null, 1e-5),
+  rmsNorm: (n) => {
+    const [x, weight] = [derived(full(shaped(n))), derived(full([Math.min(n, COLUMNS)]))];
+    return { call: () => callOp(schemas.rmsNorm.overload, [x, weight, 1e-5]) as Tensor, of: [x, weight] };
+  },
+  siluMul: (n) => plain("siluMul", n, full(shaped(n))),
+  rotate: (n) => {
+    const x = heads(n);
+    const table = full([1, x.shape[2]!, x.shape[3]!]);
+    return { of: [x], call: () => callOp(schemas.rotate.overload, [x, table]) as Tensor };
+  },
   sum: (n) => plain("sum", n, [-1], true),
   "sum leading": (n) => plain("sum", n, [0], false),
   cumsum: (n) => plain("cumsum", n, 0),
@@ -163,56 +173,32 @@ const CASES: Record<MeasuredOp, (n: number) => Case> = {
   slice: (n) => plain("slice", n, -1, 0, Math.min(n, COLUMNS) / 2, 1),
   cat: (n) => {
     const x = derived(full(shaped(n / 2)));
-    return { call: () => callOp(schemas.cat.overload, [[x, x], -1]) as Tensor, of: x };
+    return { call: () => callOp(schemas.cat.overload, [[x, x], -1]) as Tensor, of: [x] };
   },
   where: (n) => {
     const [condition, x, y] = [bool(n), derived(full(shaped(n))), full(shaped(n))];
-    return { call: () => callOp(schemas.where.overload, [condition, x, y]) as Tensor, of: x };
+    return { call: () => callOp(schemas.where.overload, [condition, x, y]) as Tensor, of: [x] };
   },
   eq: (n) => {
     const [x, y] = [full(shaped(n), "int64", 1), full(shaped(n), "int64", 1)];
-    return { call: () => callOp(schemas.eq.overload, [x, y]) as Tensor, of: null };
+    return { call: () => callOp(schemas.eq.overload, [x, y]) as Tensor, of: [] };
   },
   logicalAnd: (n) => {
     const [x, y] = [bool(n), bool(n)];
-    return { call: () => callOp(schemas.logicalAnd.overload, [x, y]) as Tensor, of: null };
+    return { call: () => callOp(schemas.logicalAnd.overload, [x, y]) as Tensor, of: [] };
   },
   newOnes: (n) => {
     const x = full([1]);
-    return { call: () => callOp(schemas.newOnes.overload, [x, shaped(n)]) as Tensor, of: null };
+    return { call: () => callOp(schemas.newOnes.overload, [x, shaped(n)]) as Tensor, of: [] };
   },
   embedding: (n) => {
     const table = full([64, COLUMNS]);
     const rows = full([Math.max(1, n / COLUMNS)], "int64", 7);
-    return { call: () => callOp(schemas.embedding.overload, [table, rows]) as Tensor, of: null };
+    return { call: () => callOp(schemas.embedding.overload, [table, rows]) as Tensor, of: [] };
   },
   dropout: (n) => {
     const [x, key] = [derived(full(shaped(n))), full([4], "int64", 1)];
-    return { call: () => callOp(schemas.dropout.overload, [x, 0.1, key, 0]) as Tensor, of: x };
-  },
-  "add rows": (n) => {
-    const [x, y] = [heads(n), noGrad(() => heads(n))];
-    return { of: x, call: () => callOp(schemas.add.overload, [x, y]) as Tensor };
-  },
-  "mul rows": (n) => {
-    const x = heads(n);
-    const cos = full([1, 1, x.shape[2]!, x.shape[3]!]);
-    return { of: x, call: () => callOp(schemas.mul.overload, [x, cos]) as Tensor };
-  },
-  "neg rows": (n) => {
-    const x = heads(2 * n);
-    const half = callOp(schemas.slice.overload, [x, -1, x.shape[3]! / 2, null, 1]) as Tensor;
-    return { of: half, call: () => callOp(schemas.neg.overload, [half]) as Tensor };
-  },
-  "cat rows": (n) => {
-    const x = heads(n);
-    const half = (from: number) => callOp(schemas.slice.overload, [x, -1, from, from + x.shape[3]! / 2, 1]) as Tensor;
-    const [a, b] = [half(0), half(x.shape[3]! / 2)];
-    return { of: a, call: () => callOp(schemas.cat.overload, [[a, b], -1]) as Tensor };
-  },
-  "slice rows": (n) => {
-    const x = heads(n);
-    return { of: x, call: () => callOp(schemas.slice.overload, [x, -1, 0, x.shape[3]! / 2, 1]) as Tensor };
+    return { call: () => callOp(schemas.dropout.overload, [x, 0.1, key, 0]) as Tensor, of: [x] };
   },
 };
 
@@ -231,7 +217,7 @@ function operators(): MeasuredRates["operators"] {
           const run = () => void scope(() => void it.call());
           forward.push([n, noGrad(() => seconds(run))]);
           if (n === SIZES[0]) recorded = Math.max(0, seconds(run) - forward[0]![1]);
-          if (it.of !== null) backward.push([n, Math.max(NODE, backwardSeconds(it) - asking + NODE)]);
+          if (it.of.length > 0) backward.push([n, Math.max(NODE, backwardSeconds(it) - asking + NODE)]);
         }),
       );
     }
@@ -245,7 +231,7 @@ const NODE = 1e-6;
 function backwardSeconds({ call, of }: Case): number {
   const y = call();
   const options = { gradOutputs: [noGrad(() => callOp("aten::ones_like", [y]) as Tensor)], retainGraph: true };
-  return seconds(() => void scope(() => void grad([y], [of!], options)));
+  return seconds(() => void scope(() => void grad([y], of, options)));
 }
 
 function attention(causal: boolean): { forward: Grid; backward: Grid } {

@@ -133,9 +133,38 @@ export const gradients: Readonly<Record<OpName, Row>> = {
   },
   // Made in the forward and held: handed over as they are.
   crossEntropyHead: (call) => [0, 1, 2].flatMap((i) => shared(argument(call, i))),
+  rmsNorm: (call, device) => {
+    const [x, weight] = call.tensors as [SizedValue, SizedValue];
+    // ATen's operators hand out a gradient of what is not rounded in two parts (native/kernels/rms_norm.cc).
+    const parts = device === "cpu" && !isNarrow(x) ? own(x) : [];
+    return [...own(weight), ...own(x, normBackward(x, device)), ...parts];
+  },
+  rotaryTable: none,
+  rotate: unary(),
+  siluMul: (call) => call.tensors.flatMap((t) => own(t)),
   dropout: unary(),
 };
 
+// A norm's temporaries: on the CPU ATen's operators, statement by statement (native/kernels/rms_norm.cc).
+
+/** A number for each row. */
+const rowBytes = (x: SizedValue): number => (x.elements / Math.max(1, x.shape.at(-1)!)) * wideBytes(x);
+
+/** Of a narrow x two wide copies of two x each, less the result, whose place is not there yet. */
+function normForward(x: SizedValue, grad: boolean, device: MemoryDevice): number {
+  const copies = device === "cpu" && isNarrow(x) ? 3 * x.bytes : 0;
+  return copies + (grad ? 0 : rowBytes(x));
+}
+
+/** Of a narrow x three wide copies less the result; else a product. A card has the weight's sums over chunks of rows. */
+function normBackward(x: SizedValue, device: MemoryDevice): number {
+  if (device === "cpu") return (isNarrow(x) ? 5 : 1) * x.bytes + rowBytes(x);
+  const width = x.shape.at(-1)!;
+  const rows = x.elements / Math.max(1, width);
+  return Math.ceil(rows / Math.max(64, Math.ceil(rows / 256))) * width * wideBytes(x);
+}
+
+const isNarrow = (t: SizedValue): boolean => t.bytes < t.elements * 4;
 /** Of the dtype that sums are made in. */
 const wideBytes = (t: SizedValue): number => (t.dtype === "float64" ? 8 : 4);
 
@@ -159,6 +188,10 @@ export function forwardTemporary(call: SizedCall, grad: boolean, device: MemoryD
     }
     case "dropout":
       return call.out.bytes;
+    case "rmsNorm":
+      return normForward(call.tensors[0]!, grad, device);
+    case "rotaryTable":
+      return device === "cpu" ? call.out.elements * wideBytes(call.out) : 0;
     case "ringAttention": {
       // Two blocks of keys and values, the result so far, wide, and one block's part of it.
       const [, k, v] = call.tensors as [SizedValue, SizedValue, SizedValue];

@@ -57,7 +57,10 @@ export interface ProductRates {
   weightGradient: Grid;
 }
 
-/** One operator by elements of its largest tensor, fp32. Backward: of one input; 0 where nothing is derived. */
+/**
+ * One operator by elements of its largest tensor, fp32. Backward: of one input, of all where one kernel makes them; 0 where
+ * nothing is derived.
+ */
 export interface OperatorRates {
   forward: Curve;
   /** Seconds more where autograd notes the call down. */
@@ -65,10 +68,7 @@ export interface OperatorRates {
   backward: Curve;
 }
 
-/**
- * Operators that have a curve of their own. In "rows" the innermost loop is a head's half or whole (a rotation on transposed
- * views), and threads and vectors have little to work on; "sum leading" sums over rows, "sum" along them.
- */
+/** Operators that have a curve of their own, and sums over rows ("sum leading"; "sum" is along them). */
 export const MEASURED_OPS = [
   "add",
   "mul",
@@ -85,8 +85,11 @@ export const MEASURED_OPS = [
   "relu",
   "silu",
   "gelu",
+  "siluMul",
+  "rotate",
   "softmax",
   "layerNorm",
+  "rmsNorm",
   "sum",
   "cumsum",
   "to",
@@ -100,14 +103,7 @@ export const MEASURED_OPS = [
   "embedding",
   "dropout",
 ] as const satisfies readonly OpName[];
-export type MeasuredOp =
-  | (typeof MEASURED_OPS)[number]
-  | "mul rows"
-  | "add rows"
-  | "neg rows"
-  | "cat rows"
-  | "slice rows"
-  | "sum leading";
+export type MeasuredOp = (typeof MEASURED_OPS)[number] | "sum leading";
 
 export interface MeasuredRates {
   products: { float32: ProductRates; bfloat16: ProductRates; float64: ProductRates };

@@ -7,7 +7,7 @@ import { agreeOnSharedHost, machineFacts } from "../distributed/shared-host.js";
 import { agreeOnTransport } from "../distributed/transport.js";
 import { StromaError } from "../errors.js";
 import { GENERATE, type TextModel } from "../generate/generate.js";
-import { graphHash } from "../graph/hash.js";
+import { canonicalJson, graphHash } from "../graph/hash.js";
 import type { Graph } from "../graph/types.js";
 import { EVAL } from "./evaluate.js";
 import { gate, type Runner } from "./gate.js";
@@ -176,7 +176,12 @@ async function checkSame(resumed: Checkpoint, graph: Graph, dataset: Dataset, op
     const then = shapes(saved);
     const now = shapes(graph);
     for (const name of new Set([...then.keys(), ...now.keys()])) same(name, then.get(name), now.get(name));
-    if (differs.length === 0) differs.push("model: its graph or config differs, parameters agree");
+    if (differs.length === 0)
+      differs.push(
+        canonicalJson(saved.config) === canonicalJson(graph.config)
+          ? "model: its layers were other operators when it was saved, parameters and config agree: resume with the version of stromatolite that saved it"
+          : "model: its config differs, parameters agree",
+      );
   }
   same("data", state.data.fingerprint === dataset.fingerprint ? dataset.name : state.data.name, dataset.name);
   if (state.data.name === dataset.name) same("data's fingerprint", state.data.fingerprint, dataset.fingerprint);

@@ -105,7 +105,8 @@ describe.skipIf(!native)("recompute selective", () => {
     const [all, selective, none] = [await peak("all"), await peak("selective"), await peak("none")];
     expect([selective.norm, none.norm]).toEqual([all.norm, all.norm]);
     expect(selective.bytes).toBeGreaterThan(all.bytes * 1.05);
-    expect(selective.bytes).toBeLessThan(none.bytes * 0.9);
+    // Norms and SwiGLU's product save no results of their own, so what selective leaves out of a whole graph is little.
+    expect(selective.bytes).toBeLessThan(none.bytes * 0.95);
   });
 
   /** Whether it changes the numbers, or ends the step. */

@@ -13,8 +13,10 @@ import type { Value } from "../../src/graph/value.js";
 import { decoderConfig } from "../../src/models/decoder/config.js";
 import { fromHuggingFace, toHuggingFace } from "../../src/models/decoder/huggingface.js";
 import { decoder } from "../../src/models/decoder/model.js";
+import { currentBuild, packageRoot } from "../../src/native.js";
 import { oraclePython, runPython } from "../support/python.js";
 
+const kernels = `${packageRoot}/${currentBuild().kernels}`;
 const script = fileURLToPath(new URL("./graph.py", import.meta.url));
 
 /** Every op of the table, on shapes with named dims: x float32 [B, T, 8]. */
@@ -60,6 +62,8 @@ const everything = model<null>("everything", (m) => {
       ops.logSoftmax(h, 1),
       ops.layerNorm(h, [8], b, b, 1e-5),
       ops.contiguous(h),
+      ops.rmsNorm(h, b, 1e-5),
+      ops.siluMul(h, x),
       ops.apply("dropout", h, 0.5, p.rngKey(), p.site()),
       ops.embedding(w, ids),
       ops.expand(ops.mean(h, [1], true), [B, T, 8]),
@@ -96,7 +100,12 @@ const everything = model<null>("everything", (m) => {
     for (const v of all) total = ops.add(total, ops.sum(v, []));
     const q = ops.transpose(ops.view(h, [B, T, 4, 2]), 1, 2);
     const kv = ops.transpose(ops.view(ops.slice(h, 2, 0, 4), [B, T, 2, 2]), 1, 2);
-    const attended = ops.scaledDotProductAttention(q, kv, kv, { causal: true, grouped: true, scale: 0.3 });
+    const table = ops.rotaryTable(ids, 2, { theta: 100 }, "float32");
+    const attended = ops.scaledDotProductAttention(ops.rotate(q, table), kv, kv, {
+      causal: true,
+      grouped: true,
+      scale: 0.3,
+    });
     return ops.add(ops.reshape(ops.transpose(attended, 1, 2), [B, T, 8]), total);
   });
   m.block("head", (p) => {
@@ -154,7 +163,7 @@ describe.skipIf(oraclePython() === null)("against PyTorch", () => {
     const apart: OpName[] = Object.values(CONTEXT_OPS);
     expect((Object.keys(schemas) as OpName[]).filter((op) => !used.has(op))).toEqual(apart);
     const sizes = { B: 3, T: 5 };
-    compareMetas(graph, sizes, (await runPython<[Seen]>(script, [], [metasJob(graph, sizes)]))[0]);
+    compareMetas(graph, sizes, (await runPython<[Seen]>(script, [kernels], [metasJob(graph, sizes)]))[0]);
   });
 
   it("the decoder's shapes hold in all modes, with everything switched on, in bfloat16 too", async () => {
@@ -179,7 +188,7 @@ describe.skipIf(oraclePython() === null)("against PyTorch", () => {
     const sizes = { B: 2, T: 6 };
     const seen = await runPython<Seen[]>(
       script,
-      [],
+      [kernels],
       graphs.map((g) => metasJob(g, sizes)),
     );
     for (const [i, graph] of graphs.entries()) compareMetas(graph, sizes, seen[i]!);
@@ -190,7 +199,7 @@ describe.skipIf(oraclePython() === null)("against PyTorch", () => {
     const graphs = [{}, { qkNorm: true, attentionBias: true }].map((o) => traceModel(decoder, { ...config, ...o }));
     const sizes = { B: 2, T: 32 };
     const jobs = graphs.map((graph) => ({ task: "saved", graph, sizes, limit: 64 }));
-    const counts = await runPython<number[][]>(script, [], jobs);
+    const counts = await runPython<number[][]>(script, [kernels], jobs);
     for (const [g, graph] of graphs.entries()) {
       // The head is the stand-in's business here, not the kernel's.
       for (const [b, block] of graph.blocks.slice(0, 2).entries()) {
@@ -278,7 +287,7 @@ describe.skipIf(oraclePython() === null)("against transformers", () => {
       T: 40,
       documents: [7, 1, 20, 12],
     };
-    results = await runPython<Errors[]>(script, [], [...jobs, documents]);
+    results = await runPython<Errors[]>(script, [kernels], [...jobs, documents]);
   });
 
   it.each(cases.map((c, i) => ({ ...c, i })))(

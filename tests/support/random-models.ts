@@ -39,7 +39,8 @@ export const branched = model<{ dim: number; vocab: number }>("branched", (m, cf
   });
   const twice = m.block("twice", (p) => {
     const w = p.at("join").param("weight", [D, D]);
-    return ops.add(ops.linear(ops.silu(joined), w), ops.mul(ops.sigmoid(a), ops.add(a, joined)));
+    const normed = nn.rmsNorm(p.sub("norm"), joined, 1e-5);
+    return ops.add(ops.linear(ops.siluMul(normed, a), w), ops.mul(ops.sigmoid(a), ops.add(a, joined)));
   });
   m.block("first_head", (p) =>
     nn.crossEntropyHead(p, ops.add(twice, a), labels, { vocabSize: cfg.vocab, chunk: 7, name: "first", bias: true }),
@@ -88,6 +89,10 @@ export function randomModel(seed: number, dtype: "float32" | "float64" = "float3
     documentMask: next() < 0.4,
     lossChunk: pick(next, [5, 16, 1024]),
     initStd: 0.2,
+    ropeScaling:
+      next() < 0.3
+        ? ({ type: "llama3", factor: 8, lowFreqFactor: 1, highFreqFactor: 4, originalMaxPositions: 16 } as const)
+        : null,
   };
   const graph = traceModel(decoder, decoderConfig(options), { mode: "train", dtype });
   return { graph, vocab, label: JSON.stringify(options), dtype };

@@ -1,6 +1,6 @@
 /** What defines a decoder: plain JSON, stored in its graph and checkpoints. */
 import { invalidArgument, StromaError } from "../../errors.js";
-import type { Llama3RopeScaling } from "../../nn/attention.js";
+import type { Llama3RopeScaling } from "../../graph/ops.js";
 
 export interface DecoderConfig {
   /** V */

@@ -1,6 +1,6 @@
 /** Hugging Face's config.json for Llama and Qwen3, both ways. What we do not compute is refused by name. */
 import { StromaError } from "../../errors.js";
-import type { Llama3RopeScaling } from "../../nn/attention.js";
+import type { Llama3RopeScaling } from "../../graph/ops.js";
 import { type DecoderConfig, decoderConfig } from "./config.js";
 
 type Json = Readonly<Record<string, unknown>>;

@@ -48,7 +48,7 @@ function decoderLayer(
 ): Value {
   const init: Init = { kind: "normal", std: cfg.initStd };
   const outputInit: Init = { kind: "normal", std: cfg.initStd / Math.sqrt(2 * cfg.layers) };
-  const rotation = nn.rotation(
+  const rotation = ops.rotaryTable(
     batch.positions,
     cfg.headDim,
     { theta: cfg.ropeTheta, scaling: cfg.ropeScaling },

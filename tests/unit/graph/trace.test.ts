@@ -22,6 +22,8 @@ function lossOf(p: BlockScope, x: Value, labels: Value, name = "loss"): Value {
   return loss;
 }
 
+/** int64 [B, 1] */
+const positions = (x: Value): Value => ops.to(ops.slice(x, -1, 0, 1), "int64");
 const code = (c: string) => expect.objectContaining({ code: c });
 
 describe("tracing", () => {
@@ -261,6 +263,42 @@ describe("errors while a model is defined", () => {
         const y = m.input("y", "float32", ["B", "T"]);
         m.block("a", (p) => nn.rmsNorm(p, y, 1e-5));
       },
+    ],
+    [
+      "a norm's weight of another width",
+      "expected a weight of [8]",
+      (m, x) => m.block("a", (p) => ops.rmsNorm(x, p.param("weight", [4]), 1e-5)),
+    ],
+    [
+      "a gate of another shape than what it gates",
+      "expected gate and up of one shape",
+      (m, x) => m.block("a", () => ops.siluMul(x, ops.slice(x, -1, 0, 4))),
+    ],
+    [
+      "a table of positions that are not whole",
+      "expected positions int64 [B, T], got",
+      (m, x) => m.block("a", () => ops.rotaryTable(x, 4, { theta: 1e4 }, "float32")),
+    ],
+    [
+      "a table of an odd head dim",
+      "expected an even head dim, got 5",
+      (m, x) => m.block("a", () => ops.rotaryTable(positions(x), 5, { theta: 1e4 }, "float32")),
+    ],
+    [
+      "a rotation by a table of other sizes",
+      "expected a table of [B, 1, 8], got",
+      (m, x) =>
+        m.block("a", () =>
+          ops.rotate(ops.view(x, ["B", 1, 1, 8]), ops.rotaryTable(positions(x), 4, { theta: 1e4 }, "float32")),
+        ),
+    ],
+    [
+      "a rotation by what is learned",
+      "expected a table without a gradient",
+      (m, x) =>
+        m.block("a", (p) =>
+          ops.rotate(ops.view(x, ["B", 1, 1, 8]), ops.view(ops.linear(x, p.param("w", [8, 8])), ["B", 1, 8])),
+        ),
     ],
     [
       "heads that do not divide",

@@ -76,8 +76,7 @@ const products = { forward: product(1), inputGradient: product(2), weightGradien
 const free = constant(0);
 /** All at nothing but those given. */
 const operators = (given: Partial<MeasuredRates["operators"]> = {}): MeasuredRates["operators"] => {
-  const short = ["mul rows", "add rows", "neg rows", "cat rows", "slice rows", "sum leading"] as const;
-  const all = Object.fromEntries([...MEASURED_OPS, ...short].map((name) => [name, op(0)]));
+  const all = Object.fromEntries([...MEASURED_OPS, "sum leading"].map((name) => [name, op(0)]));
   return { ...(all as unknown as MeasuredRates["operators"]), ...given };
 };
 const base: MeasuredRates = {
@@ -151,19 +150,22 @@ describe("costs on a measured machine", () => {
   });
 
   it("count what autograd adds only where it is on", () => {
-    const noted = { ...quiet, operators: operators({ mul: op(0, 1, 0) }) };
+    const noted = { ...quiet, operators: operators({ rotate: op(0, 1, 0) }) };
     expect(seconds(noted, find("forward", LAYER))).toBe(0);
-    const calls = seconds(noted, find("backward", LAYER), "all");
-    // Two in each norm and one in the gate; a rotation has short rows.
-    expect(calls).toBe(5);
+    // Queries and keys.
+    expect(seconds(noted, find("backward", LAYER), "all")).toBe(2);
     expect(seconds(noted, find("backward", LAYER), "none")).toBe(0);
   });
 
-  it("give an op its own curve where it has one, and a rotation's short rows theirs", () => {
-    const silu = { ...quiet, operators: operators({ silu: op(7) }) };
-    expect(seconds(silu, find("forward", LAYER))).toBe(7);
-    const rows = { ...quiet, operators: operators({ "cat rows": op(5) }) };
-    expect(seconds(rows, find("forward", LAYER))).toBe(10);
+  it("give an op its own curve where it has one, once where one kernel makes all its gradients", () => {
+    const gate = { ...quiet, operators: operators({ siluMul: op(7, 0, 11) }) };
+    expect(seconds(gate, find("forward", LAYER))).toBe(7);
+    expect(seconds(gate, find("backward", LAYER), "none")).toBe(11);
+    const norms = { ...quiet, operators: operators({ rmsNorm: op(5, 0, 13) }) };
+    expect(seconds(norms, find("forward", LAYER))).toBe(10);
+    expect(seconds(norms, find("backward", LAYER), "none")).toBe(26);
+    const table = { ...quiet, operators: operators({ cos: op(3) }) };
+    expect(seconds(table, find("forward", LAYER))).toBe(3);
   });
 
   it("add the gradients of a value with several uses, and store boundaries", () => {

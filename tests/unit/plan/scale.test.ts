@@ -258,15 +258,16 @@ describe("compiled elementwise work", () => {
         .map((c) => c.out.bytes + sum(c.tensors.map((t) => t.bytes))),
     );
     const { forward, backward } = fusedTraffic(program);
-    expect(forward).toBeLessThan(eager / 2);
+    // Norms, rotations and SwiGLU's product are one operator each: what is left to fuse are sums with norms.
+    expect(forward).toBeLessThan(eager);
     const [B, T, D, F] = [2, 2048, 2048, 8192];
     const [x, wide] = [B * T * D * 2, B * T * F * 2];
     const key = x / 4;
     // Reads x, writes its norm; reads q and k, writes them turned; reads x and attention's output, writes their sum and its
     // norm; reads gate and up, writes their product; reads the sum and what comes down, writes the layer's output.
     const tensors = 2 * x + 2 * (x + key) + 4 * x + 3 * wide + 3 * x;
-    // Positions and the norms' weights are read; cosines and sines of 64 are written by one stage and read by the next.
-    expect(forward - tensors).toBe(B * T * 8 + 2 * D * 2 + 2 * 2 * B * T * 64 * 2);
+    // Positions and the norms' weights are read; a table of 64 cosines and sines is written by one stage and read by the next.
+    expect(forward - tensors).toBe(B * T * 8 + 2 * D * 2 + 2 * B * T * 64 * 2);
     expect(backward).toBeGreaterThan(forward);
   });
 
@@ -277,7 +278,7 @@ describe("compiled elementwise work", () => {
     const [eager, fused] = [costs(false), costs(true)];
     for (const pass of ["forward", "again", "backward"] as const) {
       expect(fused[pass].seconds).toBeLessThan(eager[pass].seconds);
-      expect(fused[pass].memorySeconds).toBeLessThan(eager[pass].memorySeconds / 2);
+      expect(fused[pass].memorySeconds).toBeLessThan(eager[pass].memorySeconds);
       // Elementwise operations are not counted there: a thousandth of all.
       expect(fused[pass].flops / eager[pass].flops).toBeGreaterThan(0.99);
     }

@@ -4,9 +4,11 @@ import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import { afterEach, beforeEach, describe, expect, test } from "vitest";
 import { StromaError } from "../../../src/errors.js";
+import type { Mode } from "../../../src/graph/types.js";
 import type { TrainEvent } from "../../../src/train/events.js";
 import { Trainer } from "../../../src/train/trainer.js";
-import { letters } from "../../support/fake-data.js";
+import { LETTERS, letters } from "../../support/fake-data.js";
+import { bigramGraph } from "../../support/fake-session.js";
 import { collect, type FakeParts, fakeParts, only, SMALL, stateBytes, train } from "../../support/fake-trainer.js";
 
 let root: string;
@@ -331,6 +333,16 @@ describe("resuming", () => {
       expect(error.message).toContain(text);
     const other = await refuse({}, fakeParts({}, 17));
     expect(other.message).toContain("bigram.weight: the checkpoint has 16 x 16, this run 17 x 17");
+    // Names and shapes agree: what else the model was traced from, or into, says which.
+    const traced = (change: object): FakeParts => {
+      const parts = fakeParts();
+      const graph = (mode?: Mode) => ({ ...bigramGraph(LETTERS.length, mode), ...change });
+      return { ...parts, resolveModel: (spec) => ({ ...parts.resolveModel(spec), graph }) };
+    };
+    expect((await refuse({}, traced({ config: { vocabulary: 16, depth: 2 } }))).message).toContain(
+      "its config differs",
+    );
+    expect((await refuse({}, traced({ dtype: "float64" }))).message).toContain("its layers were other operators");
   });
 
   test("takes other steps, rates and batch sizes", async () => {
