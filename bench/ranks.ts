@@ -4,6 +4,10 @@
  * one / seconds of two; 2 is the most. Losses and norms must be equal to the bit. `orders`: the same for each schedule and
  * rule of stages. `wire`: bytes sent in a step by both ranks, over those that the tapes say.
  *
+ * `ceiling`: what the machine lets two processors gain: the whole step twice at once, by two runs of one thread that say nothing
+ * to each other, against once alone: 2 x seconds of one / seconds until both are done; below 2 where they share caches, memory or
+ * a processor with others. `ofCeiling`: ratio / ceiling. All are measured in turn, step by step.
+ *
  *   npm run bench -- ranks [--dim 512] [--layers 10] [--tokens 128] [--micro-batches 16] [--steps 4] [--json]
  */
 import { createServer } from "node:net";
@@ -16,7 +20,7 @@ import { residentPolicy } from "../src/plan/planner.js";
 import type { Policy } from "../src/plan/policy.js";
 import { assignStages, type StageRule } from "../src/plan/stages.js";
 import type { Schedule } from "../src/plan/types.js";
-import { decoderBatch, median, openRun } from "./support/steps.js";
+import { decoderBatch, median, openRun, type Run } from "./support/steps.js";
 
 const { values } = parseArgs({
   options: {
@@ -55,6 +59,13 @@ const port = await new Promise<number>((done) => {
 const spec = { size: 2, address: "127.0.0.1", port, serve: true, prefix: "", joinSeconds: 30, silenceSeconds: 60 };
 const ranks = await Promise.all([0, 1].map((rank) => loadAddon().joinRanks({ ...spec, rank })));
 
+/** A step of each; seconds until all are done. */
+async function atOnce(runs: readonly Run[]) {
+  const began = performance.now();
+  const results = await Promise.all(runs.map((r) => r.step()));
+  return { results, seconds: (performance.now() - began) / 1000 };
+}
+
 async function compare(rule: StageRule, schedule: Schedule) {
   const of = assignStages(graph, 2, rule);
   const options = { device: "cpu", threads: 1 } as const;
@@ -67,33 +78,43 @@ async function compare(rule: StageRule, schedule: Schedule) {
       }),
     ),
   );
+  const twins = await Promise.all([0, 1].map(() => openRun(graph, policy("depthFirst"), batches, options)));
   const alone: number[] = [];
   const together: number[] = [];
+  const apart: number[] = [];
   let sent = 0;
   for (let i = 0; i <= steps; i++) {
     const a = await one.step();
-    const began = performance.now();
-    const both = await Promise.all(two.map((r) => r.step()));
-    const [b] = both;
-    sent = both.reduce((n, r) => n + r.bytesSent, 0);
-    const seconds = (performance.now() - began) / 1000;
-    if (a.loss !== b!.loss || a.gradNorm !== b!.gradNorm) throw new Error("two ranks compute something else than one");
+    const ranked = await atOnce(two);
+    const whole = await atOnce(twins);
+    sent = ranked.results.reduce((n, r) => n + r.bytesSent, 0);
+    for (const [what, { results }] of Object.entries({
+      "two ranks compute": ranked,
+      "two runs at once compute": whole,
+    }))
+      if (results.some((b) => a.loss !== b.loss || a.gradNorm !== b.gradNorm))
+        throw new Error(`${what} something else than one`);
     if (i === 0) continue;
     alone.push(a.seconds);
-    together.push(seconds);
+    together.push(ranked.seconds);
+    apart.push(whole.seconds);
   }
   const planned = two.reduce(
     (n, r) => n + r.tape.instructions.reduce((m, i) => m + (i.op === "send" ? i.bytes : 0), 0),
     0,
   );
-  await Promise.all([one, ...two].map((r) => r.session.dispose()));
-  const [oneSeconds, twoSeconds] = [median(alone), median(together)];
+  await Promise.all([one, ...two, ...twins].map((r) => r.session.dispose()));
+  const [oneSeconds, twoSeconds, apartSeconds] = [median(alone), median(together), median(apart)];
+  const [ratio, ceiling] = [oneSeconds / twoSeconds, (2 * oneSeconds) / apartSeconds];
   return {
     rule,
     schedule,
     oneSeconds,
     twoSeconds,
-    ratio: oneSeconds / twoSeconds,
+    apartSeconds,
+    ratio,
+    ceiling,
+    ofCeiling: ratio / ceiling,
     sentBytes: sent,
     wire: sent / planned,
   };
@@ -109,16 +130,18 @@ for (const [rule, schedule] of [
   orders.push(figures);
   if (!values.json)
     console.log(
-      `${rule} ${schedule}: ${figures.oneSeconds.toFixed(3)} s on one, ${figures.twoSeconds.toFixed(3)} s on two: ${figures.ratio.toFixed(2)}`,
+      `${rule} ${schedule}: ${figures.oneSeconds.toFixed(3)} s on one, ${figures.twoSeconds.toFixed(3)} s on two: ${figures.ratio.toFixed(2)} of ${figures.ceiling.toFixed(2)} that two runs apart gain`,
     );
 }
 await Promise.all(ranks.map((r) => r.leave()));
 const parameters = graph.parameters.reduce((n, p) => n + p.shape.reduce((a, b) => a * b, 1), 0);
-const { ratio } = orders[0]!;
+const { ratio, ceiling, ofCeiling } = orders[0]!;
 console.log(
   JSON.stringify({
     name: "ranks",
     ratio,
+    ceiling,
+    ofCeiling,
     unit: "seconds of one rank / of two",
     aim: 1.9,
     parameters,
