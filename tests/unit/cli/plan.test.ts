@@ -68,7 +68,7 @@ describe("stroma plan", () => {
   });
 
   it("says by how much nothing fits, and what would, in the leanest format of those that are open", () => {
-    const none = { "device-memory": "4MB", "host-memory": "3MB", profile: "a5000" } as const;
+    const none = { "device-memory": "4MB", "host-memory": "2MB", profile: "a5000" } as const;
     const text = plan(given(none), null);
     expect(text).toMatch(/in bfloat16, adamw8bit,[\s\S]*It does not fit: [\d.]+ [kM]B are missing\. It fits with/);
     expect(text).toMatch(/this is with --master-weight none --optimizer adamw8bit; float32 master weights and adamw/);

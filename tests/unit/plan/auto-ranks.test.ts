@@ -162,8 +162,8 @@ describe("small models over several devices", () => {
     expect(rows.policy.stages).toMatchObject({ context: 2, shards: 2 });
     expect(batch.report.context).toBe(1);
     const workspace = ({ report: { placements } }: typeof rows) => placements.workspace.device;
-    // The head's logits come in chunks of the same size.
-    expect(workspace(rows)).toBeLessThan(0.85 * workspace(batch));
+    // Not half of it: the head's logits come in chunks of the same size.
+    expect(workspace(rows)).toBeLessThan(0.97 * workspace(batch));
     // As many tokens a step as whole rows have, and over a link that costs nothing nearly their speed.
     const speed = rows.report.predictedTokensPerSecond / batch.report.predictedTokensPerSecond;
     expect(speed).toBeGreaterThan(0.8);
