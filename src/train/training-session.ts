@@ -150,11 +150,11 @@ function sessionOptions(options: SettledOptions, outputDir: string): SessionOpti
 function shared(o: SettledOptions): Record<string, unknown> {
   const { dtype, precision, masterWeight, optimizer, seed, learningRate, learningRateSchedule, maxGradNorm } = o;
   const { steps, epochs, saveEveryNSteps, saveEveryNEpochs, evalEveryNSteps, evalMicroBatches } = o;
-  const { sampleEveryNSteps, samplePrompts, sampleTokens, nonFinite } = o;
+  const { sampleEveryNSteps, samplePrompts, sampleTokens, nonFinite, profileMemory } = o;
   return {
     ...{ dtype, precision, masterWeight, optimizer, seed, learningRate, learningRateSchedule, maxGradNorm },
     ...{ steps, epochs, saveEveryNSteps, saveEveryNEpochs, evalEveryNSteps, evalMicroBatches },
-    ...{ sampleEveryNSteps, samplePrompts, sampleTokens, nonFinite },
+    ...{ sampleEveryNSteps, samplePrompts, sampleTokens, nonFinite, profileMemory },
   };
 }
 
