@@ -279,7 +279,7 @@ export const trainOptions = {
   profileMemory: declare({
     schema: z.union([z.literal(true), whole(1)]),
     expects: "nothing, or the number of a step",
-    help: "Profile a step (the second of this run): profile.html, .json and a trace in profile-<step>/ of the output folder",
+    help: "Profile a step (the second of this run): profile.html, .json and a trace in profile-<step>/ of the output folder, one page for all ranks",
     group: OUTPUT,
     default: null,
     example: "3",

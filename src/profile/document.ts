@@ -10,6 +10,7 @@ import { type Simulation, simulate, type TapePeaks, tapePeaks } from "../plan/si
 import type { Queue, Tape } from "../plan/types.js";
 import { QUEUES, queueOf } from "../plan/waits.js";
 import type { StepProfile, StepResult } from "../train/native-session.js";
+import { computingOf, hiddenMs, laneOf } from "./lanes.js";
 import {
   arenaAllocation,
   HELD_KINDS,
@@ -19,6 +20,7 @@ import {
   holdings,
   overTime,
   predictedWorkspace,
+  SENT_AS,
 } from "./timeline.js";
 
 export interface Prediction {
@@ -65,16 +67,20 @@ export type MemoryKind = (typeof MEMORY_KINDS)[number];
 
 export interface ProfiledInstruction {
   op: string;
-  /** Of a copy: what it carries. */
+  /** Of a copy or a message: what it carries. */
   operand: HeldKind | null;
   queue: Queue;
   block: string | null;
   microBatch: number | null;
+  /** Of a message: the rank that it goes to or comes from. */
+  peer: number | null;
   startMs: number;
   endMs: number;
   predictedStartMs: number;
   predictedEndMs: number;
-  /** Of a copy. */
+  /** Of a message, where the other rank is known: when both ends were there. Until then this one waited. */
+  bothMs: number | null;
+  /** Of a copy or a message. */
   bytes: number;
   /** Held in the device's arena and slots during it, by kind; what stands at 0 is left out. */
   deviceBytes: Partial<Record<HeldKind, number>>;
@@ -93,6 +99,15 @@ export interface Holder {
   bytes: number;
 }
 
+/** Milliseconds of a rank's messages, sent and received, added up. */
+export interface MessageTimes {
+  /** One end was there before the other. */
+  waitMs: number;
+  /** Both were, until it had arrived; and of that what passed while this rank computed. */
+  movingMs: number;
+  hiddenMs: number;
+}
+
 export interface ProfileDocument {
   format: "stromatolite.profile";
   version: 1;
@@ -100,6 +115,8 @@ export interface ProfileDocument {
   parameters: number;
   device: string | null;
   machine: string | null;
+  /** Of several ranks, whose it is, and milliseconds from the first rank's begin of the step to this one's. */
+  rank: { rank: number; ranks: number; beganMs: number } | null;
   plan: Pick<Tape, "schedule" | "recompute" | "update" | "clip" | "state" | "microBatches" | "dims">;
   summary: {
     stepMs: number;
@@ -110,12 +127,18 @@ export interface ProfileDocument {
     arenaBytes: Record<"device" | "host" | "disk", number>;
     /** Where device memory was highest: the first such instruction, what it held, largest first, and unused arena. */
     peak: { instruction: number; atMs: number; byKind: Record<MemoryKind, number>; unusedBytes: number; top: Holder[] };
+    /** compute: without what waits for all ranks. */
     busyMs: Record<Queue, number>;
     predictedBusyMs: Record<Queue, number>;
     /** Time that copies took, added over the copy queues, and of it what passed while compute was busy. */
     copyMs: number;
     hiddenCopyMs: number;
-    bytes: Pick<StepResult, "bytesToDevice" | "bytesFromDevice" | "bytesLoaded" | "bytesSaved">;
+    bytes: Pick<
+      StepResult,
+      "bytesToDevice" | "bytesFromDevice" | "bytesLoaded" | "bytesSaved" | "bytesSent" | "bytesReceived"
+    >;
+    /** Of the document of one of several ranks that were put side by side. */
+    messages: MessageTimes | null;
   };
   instructions: ProfiledInstruction[];
   /** Bytes of one kind and block with one life; `from` and `to` are instructions, -1 and their count: beyond the step. */
@@ -136,6 +159,7 @@ const KIND_OF = {
   x: "boundaries",
   dx: "boundaries",
 } as const;
+const COPIES: readonly Queue[] = ["in", "out", "load", "save"];
 const TOP = 12;
 const round = (ms: number): number => Math.round(ms * 1e3) / 1e3;
 
@@ -169,25 +193,29 @@ export function profileDocument(input: ProfileInput): ProfileDocument {
   const beside = (bytes: Float64Array, later: number) =>
     Float64Array.from(tape.instructions, (at, i) => {
       const slot = i + later < n ? total(slots, i + later) : total(slots, i);
-      return at.op === "copy" ? 0 : Math.max(0, bytes[i]! - arena - slot);
+      return queueOf(at) === "compute" ? Math.max(0, bytes[i]! - arena - slot) : 0;
     });
   const workspace = { peak: beside(profile.devicePeakBytes, 0), after: beside(profile.deviceBytes, 1) };
 
+  const { stages } = tape;
+  const ranks = stages?.ranks ?? 1;
   const instructions = tape.instructions.map((at, i): ProfiledInstruction => {
     const held = HELD_KINDS.map((kind) => [kind, device[kind][i]! + slots[kind][i]!] as const);
     return {
       op: at.op,
-      operand: at.op === "copy" ? KIND_OF[at.operand.kind] : null,
+      operand: carried(at),
       queue: queueOf(at),
       block: blockName(graph, at),
       microBatch: microBatchOf(at),
+      peer: "peer" in at ? at.peer : null,
       startMs: round(startMs[i]!),
       endMs: round(endMs[i]!),
       predictedStartMs: round(simulation.start[i]! * 1e3),
       predictedEndMs: round(simulation.end[i]! * 1e3),
-      bytes: at.op === "copy" ? at.bytes : 0,
+      bothMs: null,
+      bytes: "operand" in at ? at.bytes : 0,
       deviceBytes: Object.fromEntries(held.filter(([, bytes]) => bytes > 0)),
-      workspaceBytes: at.op === "copy" ? null : workspace.peak[i]!,
+      workspaceBytes: queueOf(at) === "compute" ? workspace.peak[i]! : null,
       predictedWorkspaceBytes: predicted.workspace[i]!,
       hostBytes: total(host, i),
       diskBytes: total(disk, i),
@@ -195,8 +223,15 @@ export function profileDocument(input: ProfileInput): ProfileDocument {
   });
   const over = overTime(tape, list, profile, workspace);
   const busyMs = byQueue((queue) =>
-    tape.instructions.reduce((sum, at, i) => sum + (queueOf(at) === queue ? endMs[i]! - startMs[i]! : 0), 0),
+    instructions.reduce((sum, at, i) => sum + (laneOf(at, ranks) === queue ? endMs[i]! - startMs[i]! : 0), 0),
   );
+  const rank = stages === undefined ? null : { rank: stages.rank, ranks, beganMs: 0 };
+  const computing = computingOf({ instructions, rank });
+  const hidden = (queue: Queue) =>
+    hiddenMs(
+      instructions.filter((at) => at.queue === queue).map((at) => [at.startMs, at.endMs]),
+      computing,
+    );
   return {
     format: "stromatolite.profile",
     version: 1,
@@ -204,6 +239,7 @@ export function profileDocument(input: ProfileInput): ProfileDocument {
     parameters: graph.parameters.reduce((sum, p) => sum + p.shape.reduce((a, b) => a * b, 1), 0),
     device: input.device ?? null,
     machine: input.machine ?? null,
+    rank,
     plan: {
       schedule: tape.schedule,
       recompute: tape.recompute,
@@ -223,14 +259,17 @@ export function profileDocument(input: ProfileInput): ProfileDocument {
       peak: peakOf(input, list, workspace.peak, arena),
       busyMs,
       predictedBusyMs: byQueue((queue) => simulation.busySeconds[queue] * 1e3),
-      copyMs: QUEUES.reduce((sum, queue) => sum + (queue === "compute" ? 0 : busyMs[queue]), 0),
-      hiddenCopyMs: hiddenMs(tape, profile),
+      copyMs: COPIES.reduce((sum, queue) => sum + busyMs[queue], 0),
+      hiddenCopyMs: COPIES.reduce((sum, queue) => sum + hidden(queue), 0),
       bytes: {
         bytesToDevice: result.bytesToDevice,
         bytesFromDevice: result.bytesFromDevice,
         bytesLoaded: result.bytesLoaded,
         bytesSaved: result.bytesSaved,
+        bytesSent: result.bytesSent,
+        bytesReceived: result.bytesReceived,
       },
+      messages: null,
     },
     instructions,
     holdings: list.map(({ space, kind, block, bytes, from, to }) => ({
@@ -259,6 +298,13 @@ function blockName(graph: Graph, at: Tape["instructions"][number]): string | nul
   return graph.blocks[block]?.name ?? null;
 }
 
+function carried(at: Tape["instructions"][number]): HeldKind | null {
+  if (at.op === "copy") return KIND_OF[at.operand.kind];
+  if (at.op !== "send" && at.op !== "receive") return null;
+  const { kind } = at.operand;
+  return kind === "x" || kind === "dx" ? KIND_OF[kind] : kind === "updated" ? "parameters" : SENT_AS[kind];
+}
+
 function microBatchOf(at: Tape["instructions"][number]): number | null {
   if ("operand" in at) return "microBatch" in at.operand ? at.operand.microBatch : null;
   return "microBatch" in at ? at.microBatch : null;
@@ -274,7 +320,7 @@ function peakOf(
   const { startMs, endMs, devicePeakBytes } = profile;
   let at = -1;
   for (const [i, instruction] of tape.instructions.entries())
-    if (instruction.op !== "copy" && (at < 0 || devicePeakBytes[i]! > devicePeakBytes[at]!)) at = i;
+    if (queueOf(instruction) === "compute" && (at < 0 || devicePeakBytes[i]! > devicePeakBytes[at]!)) at = i;
   const n = tape.instructions.length;
   const middle = (startMs[at]! + endMs[at]!) / 2;
   const holders = new Map<string, Holder>();
@@ -303,23 +349,4 @@ function peakOf(
     unusedBytes: arena - inArena,
     top: [...holders.values()].sort((a, b) => b.bytes - a.bytes).slice(0, TOP),
   };
-}
-
-/** Of the time of all copies, what passed while an instruction ran on the compute queue. */
-function hiddenMs(tape: Tape, { startMs, endMs }: StepProfile): number {
-  const computing = tape.instructions.flatMap((at, i) => (at.op === "copy" ? [] : [i]));
-  let hidden = 0;
-  for (const queue of QUEUES.filter((q) => q !== "compute")) {
-    // Both lists are in order of time: one sweep.
-    let first = 0;
-    for (const [i, at] of tape.instructions.entries()) {
-      if (queueOf(at) !== queue) continue;
-      while (first < computing.length && endMs[computing[first]!]! <= startMs[i]!) first++;
-      for (let k = first; k < computing.length && startMs[computing[k]!]! < endMs[i]!; k++) {
-        const c = computing[k]!;
-        hidden += Math.min(endMs[c]!, endMs[i]!) - Math.max(startMs[c]!, startMs[i]!);
-      }
-    }
-  }
-  return hidden;
 }

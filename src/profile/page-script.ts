@@ -1,61 +1,20 @@
 /** The page's own script, plain text: it runs in the reader's browser and imports nothing. */
-export const PAGE_SCRIPT = String.raw`
-"use strict";
-const data = JSON.parse(document.getElementById("data").textContent);
-const LEFT = 84, RIGHT = 16, LANE = 30, GAP = 6;
-const whole = { from: 0, to: Math.max(data.stepMs, data.time[data.time.length - 1]) || 1 };
-let view = { ...whole };
-const style = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
-const tip = document.getElementById("tip");
+export const PAGE_SCRIPT = `
+const LANE = 30, GAP = 6;
+showTime(Math.max(data.stepMs, data.time[data.time.length - 1]));
 const [memory, queues] = ["memory", "queues"].map((id) => document.getElementById(id));
-const lanes = [["compute", "compute"], ["in", "host to device"], ["out", "device to host"], ["load", "disk to host"], ["save", "host to disk"], ["send", "to other ranks"], ["receive", "from other ranks"]]
-  .filter(([queue]) => data.run.some((r) => r[0] === queue));
+const lanes = data.lanes.filter(([lane]) => data.run.some((r) => r[0] === lane));
 const total = data.time.map((_, k) => data.stack.reduce((sum, column) => sum + column[k], 0));
 /** All of the arena is allocated, used or not; the workspace stands on top. */
 const workspace = data.stack[data.stack.length - 1];
 const planned = data.time.map((_, k) => total[k] - workspace[k] + data.unused[k]);
 const held = planned.map((below, k) => below + workspace[k]);
 
-function size(bytes) {
-  const [unit, scale] = bytes >= 1e9 ? ["GB", 1e9] : bytes >= 1e6 ? ["MB", 1e6] : ["kB", 1e3];
-  return bytes === 0 ? "0" : Number((bytes / scale).toPrecision(3)) + " " + unit;
-}
-const ms = (t) => (t >= 1e4 ? (t / 1e3).toFixed(1) + " s" : t >= 1e3 ? (t / 1e3).toFixed(2) + " s" : Number(t.toPrecision(3)) + " ms");
-function steps(span, most) {
-  const raw = span / most, unit = 10 ** Math.floor(Math.log10(raw));
-  return [1, 2, 5, 10].map((m) => m * unit).find((s) => s >= raw);
-}
 /** Index of the last time at or before t. */
 function timeAt(t) {
   let low = 0, high = data.time.length;
   while (low < high) { const mid = (low + high) >> 1; if (data.time[mid] <= t) low = mid + 1; else high = mid; }
   return Math.max(0, low - 1);
-}
-
-function begin(canvas, height) {
-  const ratio = window.devicePixelRatio || 1, width = canvas.clientWidth;
-  canvas.width = Math.round(width * ratio);
-  canvas.height = Math.round(height * ratio);
-  canvas.style.height = height + "px";
-  const g = canvas.getContext("2d");
-  g.setTransform(ratio, 0, 0, ratio, 0, 0);
-  g.font = "12px system-ui, 'DejaVu Sans', sans-serif";
-  g.textBaseline = "middle";
-  const x = (t) => LEFT + ((t - view.from) / (view.to - view.from)) * (width - LEFT - RIGHT);
-  return { g, width, height, x };
-}
-
-function drawTimeAxis({ g, width, x }, top, bottom) {
-  const step = steps(view.to - view.from, Math.max(2, (width - LEFT) / 120));
-  g.textAlign = "center";
-  const digits = Math.max(0, -Math.floor(Math.log10(step / (view.to >= 2000 ? 1000 : 1))));
-  for (let t = Math.ceil(view.from / step) * step; t <= view.to; t += step) {
-    g.strokeStyle = style("grid");
-    g.beginPath(); g.moveTo(x(t), top); g.lineTo(x(t), bottom); g.stroke();
-    g.fillStyle = style("soft");
-    const text = view.to >= 2000 ? (t / 1000).toFixed(digits) + " s" : t.toFixed(digits) + " ms";
-    if (x(t) < width - RIGHT - 12) g.fillText(text, x(t), bottom + 11);
-  }
 }
 
 /** The area between two step functions of data.time. */
@@ -152,7 +111,7 @@ function drawMemory() {
 function drawQueues() {
   const c = begin(queues, lanes.length * (LANE + GAP) + 26), { g, width } = c, bottom = c.height - 22;
   drawTimeAxis(c, 0, bottom);
-  for (const [n, [queue, name]] of lanes.entries()) {
+  for (const [n, [queue]] of lanes.entries()) {
     const top = n * (LANE + GAP);
     g.textAlign = "right";
     g.fillStyle = style("ink");
@@ -164,13 +123,7 @@ function drawQueues() {
     g.globalAlpha = 0.45; g.fillStyle = style("grid"); g.fillRect(LEFT, top, width, LANE); g.globalAlpha = 1;
     for (const r of data.run) {
       if (r[0] !== queue || r[5] < view.from || r[4] > view.to) continue;
-      const left = c.x(r[4]), w = Math.max(0.6, c.x(r[5]) - left);
-      g.fillStyle = style(data.ops[r[1]]);
-      g.fillRect(left, top, w > 3 ? w - 0.7 : w, LANE);
-      if (w < 60) continue;
-      g.fillStyle = "#ffffff"; g.textAlign = "left";
-      const text = data.ops[r[1]] + (r[2] < 0 ? "" : " " + data.blocks[r[2]].split(".").slice(-2).join("."));
-      if (g.measureText(text).width < w - 10) g.fillText(text, Math.max(left, LEFT) + 5, top + LANE / 2);
+      bar(c, r, ...row(data.peers[queue] ?? [], r[8], top, LANE));
     }
     g.restore();
   }
@@ -186,35 +139,16 @@ function legends() {
     (data.capBytes === null ? "" : stroke("var(--cap)", "dashed", "device memory"));
   const used = data.ops.map((op, k) => [op, k]).filter(([, k]) => data.run.some((r) => r[1] === k));
   const words = Object.fromEntries(data.kinds);
-  document.getElementById("queue-legend").innerHTML = used.map(([op, k]) => chip("var(--" + op + ")", k < data.computeOps ? op : "copy of " + words[op])).join("");
+  document.getElementById("queue-legend").innerHTML = used.map(([op, k]) => chip("var(--" + op + ")", k < data.computeOps ? op : data.copies + " of " + words[op])).join("");
 }
 
-function describe(r) {
-  const copy = r[7] > 0, lasted = r[5] - r[4];
-  return [
-    (copy ? "copy " + r[0] + " of " : "") + data.ops[r[1]] + (r[2] < 0 ? "" : ", " + data.blocks[r[2]]) + (r[3] < 0 ? "" : ", micro-batch " + r[3]),
-    ms(r[4]) + " to " + ms(r[5]) + ": " + ms(lasted) + ", predicted " + ms(r[6]),
-    ...(copy ? [size(r[7]) + ", " + size(lasted > 0 ? (r[7] / lasted) * 1e3 : 0) + "/s"] : []),
-  ];
-}
-const running = (queue, t) => data.run.find((r) => r[0] === queue && r[4] <= t && t < r[5]);
-const timeOf = (event, canvas) => {
-  const box = canvas.getBoundingClientRect();
-  return view.from + ((event.clientX - box.left - LEFT) / (box.width - LEFT - RIGHT)) * (view.to - view.from);
-};
-function show(event, lines) {
-  tip.hidden = lines.length === 0;
-  if (tip.hidden) return;
-  tip.textContent = lines.join("\n");
-  tip.style.left = Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 8) + "px";
-  tip.style.top = Math.min(event.clientY + 14, innerHeight - tip.offsetHeight - 8) + "px";
-}
+const running = (lane, t, peer = -1) => data.run.find((r) => r[0] === lane && r[8] === peer && r[4] <= t && t < r[5]);
 function hover(event, canvas) {
   const t = timeOf(event, canvas);
   if (t < view.from || t > view.to) return show(event, []);
   if (canvas === queues) {
-    const lane = lanes[Math.floor((event.clientY - canvas.getBoundingClientRect().top) / (LANE + GAP))];
-    const r = lane && running(lane[0], t);
+    const y = event.clientY - canvas.getBoundingClientRect().top, lane = lanes[Math.floor(y / (LANE + GAP))];
+    const r = lane && running(lane[0], t, peerAt(data.peers[lane[0]] ?? [], y % (LANE + GAP), LANE) ?? -1);
     return show(event, r ? describe(r) : lane ? [lane[1] + ": idle at " + ms(t)] : []);
   }
   const k = timeAt(t), lines = [ms(t) + ": " + size(held[k]) + " held"];
@@ -225,32 +159,6 @@ function hover(event, canvas) {
   if (r) lines.push(describe(r)[0]);
   show(event, lines);
 }
-const draw = () => { drawMemory(); drawQueues(); };
-function look(from, to) {
-  const span = Math.min(whole.to - whole.from, Math.max((whole.to - whole.from) / 1e4, to - from));
-  const start = Math.max(whole.from, Math.min(from, whole.to - span));
-  view = { from: start, to: start + span };
-  draw();
-}
-let drag = null;
-for (const canvas of [memory, queues]) {
-  canvas.addEventListener("wheel", (event) => {
-    event.preventDefault();
-    const t = timeOf(event, canvas), by = event.deltaY > 0 ? 1.25 : 0.8;
-    look(t - (t - view.from) * by, t + (view.to - t) * by);
-  }, { passive: false });
-  canvas.addEventListener("pointerdown", (event) => { drag = { x: event.clientX, view }; canvas.setPointerCapture(event.pointerId); });
-  canvas.addEventListener("pointerup", () => { drag = null; });
-  canvas.addEventListener("pointermove", (event) => {
-    if (drag === null) return hover(event, canvas);
-    const shift = ((event.clientX - drag.x) / (canvas.clientWidth - LEFT - RIGHT)) * (drag.view.to - drag.view.from);
-    look(drag.view.from - shift, drag.view.to - shift);
-  });
-  canvas.addEventListener("pointerleave", () => { tip.hidden = true; });
-  canvas.addEventListener("dblclick", () => look(whole.from, whole.to));
-}
-addEventListener("resize", draw);
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 legends();
-draw();
+follow([memory, queues], () => { drawMemory(); drawQueues(); }, hover);
 `;

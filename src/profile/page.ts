@@ -1,24 +1,13 @@
 /** profile.html: one file that needs no network. The text says the figures; canvases show memory and queues over time. */
 import { showSize } from "../plan/budget.js";
-import { type Holder, MEMORY_KINDS, type MemoryKind, type ProfileDocument } from "./document.js";
+import { type Holder, MEMORY_KINDS, type ProfileDocument } from "./document.js";
+import { collectiveMs, movingMs } from "./lanes.js";
+import { blocksOf, card, html, KIND_WORDS, lanesOf, page, percent, ratio, share, time, wordsOf } from "./page-parts.js";
 import { PAGE_SCRIPT } from "./page-script.js";
-import { PAGE_STYLE } from "./page-style.js";
-
-export const KIND_WORDS: Readonly<Record<MemoryKind, string>> = {
-  parameters: "parameters",
-  optimizer: "optimizer state",
-  compute: "compute copies",
-  sums: "gradient sums",
-  retained: "retained gradients",
-  boundaries: "boundaries",
-  workspace: "workspace",
-};
-
-/** What the compute queue carries out: colours of their own; a copy has that of what it carries. */
-const OPERATIONS = ["forward", "turn", "backward", "cast", "norm", "coefficient", "pack", "update"] as const;
 
 export function profilePage(document: ProfileDocument): string {
-  const { summary: s, plan } = document;
+  const { summary: s, plan, rank } = document;
+  const whose = rank === null ? "" : `, rank ${rank.rank} of ${rank.ranks}`;
   const facts = [
     `${document.parameters.toLocaleString("en-US")} parameters`,
     plan.schedule === "breadthFirst" ? "breadth-first" : "depth-first",
@@ -61,19 +50,18 @@ export function profilePage(document: ProfileDocument): string {
           percent(s.hiddenCopyMs / s.copyMs),
           `of ${time(s.copyMs)} ran while compute was busy; ${traffic.join(", ")}`,
         ),
+    ...(s.messages === null
+      ? []
+      : [
+          card(
+            "Messages hidden",
+            share(s.messages.hiddenMs, s.messages.movingMs),
+            `of ${time(s.messages.movingMs)} passed while compute was busy; ${showSize(s.bytes.bytesSent)} sent, ${showSize(s.bytes.bytesReceived)} received`,
+          ),
+        ]),
     card("Compute busy", percent(compute), `${time(s.stepMs - s.busyMs.compute)} of the step without work on it`),
   ];
-  return `<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>${html(document.model)}: profile of a step</title>
-<style>${PAGE_STYLE}</style>
-</head>
-<body>
-<main>
-<header><h1>${html(document.model)}: one optimizer step</h1><p class="facts">${facts.map(html).join(" · ")}</p></header>
+  const body = `<header><h1>${html(document.model)}: one optimizer step${whose}</h1><p class="facts">${facts.map(html).join(" · ")}</p></header>
 <section class="cards">${cards.join("")}</section>
 <p class="headline">${headline(document)}</p>
 <section class="chart">
@@ -83,19 +71,13 @@ export function profilePage(document: ProfileDocument): string {
 <h2>Queues</h2>
 <div class="legend" id="queue-legend"></div>
 <canvas id="queues" role="img" aria-label="What ran on each queue over the step"></canvas>
-<p class="hint">Wheel: zoom. Drag: move. Double click: the whole step. Hover for what, when and how much.</p>
+<p class="hint">Wheel: zoom. Drag: move. Double click: the whole step. Hover for what, when and how much.${rank === null ? "" : ` Pale: a message that waited for the other rank. <a href="profile.html">All ranks</a>`}</p>
 </section>
 <section class="tables">
 <div><h2>Held at the peak</h2>${holders(document)}</div>
 <div><h2>Time by operation</h2>${operations(document)}</div>
-</section>
-</main>
-<div id="tip" hidden></div>
-<script type="application/json" id="data">${JSON.stringify(pageData(document)).replaceAll("<", "\\u003c")}</script>
-<script>${PAGE_SCRIPT}</script>
-</body>
-</html>
-`;
+</section>`;
+  return page(`${document.model}: profile of a step${whose}`, body, pageData(document), PAGE_SCRIPT);
 }
 
 function headline({ summary, instructions }: ProfileDocument): string {
@@ -109,9 +91,6 @@ function headline({ summary, instructions }: ProfileDocument): string {
     .map(([words, bytes]) => `${words} ${showSize(bytes)} (${percent(bytes / peakDeviceBytes)})`);
   return `Memory was highest in <b>${html(where)}</b>, ${time(peak.atMs)} into the step: ${parts.join(", ")}.`;
 }
-
-const card = (title: string, figure: string, note: string): string =>
-  `<div class="card"><h3>${title}</h3><b>${figure}</b><span>${html(note)}</span></div>`;
 
 function holders({ summary: { peak, peakDeviceBytes } }: ProfileDocument): string {
   const most = peak.top[0]?.bytes ?? 1;
@@ -146,34 +125,23 @@ function operations({ instructions, summary }: ProfileDocument): string {
 
 /** What the script draws: the document in columns, names by number. */
 function pageData(document: ProfileDocument): unknown {
-  const { instructions, memory, summary } = document;
-  const blocks = [...new Set(instructions.flatMap((i) => i.block ?? []))];
-  const number = new Map(blocks.map((name, k) => [name, k]));
-  const ops = [...OPERATIONS, ...MEMORY_KINDS];
-  const opOf = new Map<string, number>(ops.map((op, k) => [op, k]));
+  const { memory, summary } = document;
   return {
-    kinds: MEMORY_KINDS.map((kind) => [kind, KIND_WORDS[kind]]),
-    ops,
-    computeOps: OPERATIONS.length,
-    blocks,
+    ...wordsOf([document]),
+    ...lanesOf(document, blocksOf([document])),
     stepMs: summary.stepMs,
     capBytes: summary.capBytes,
     peakBytes: summary.peakDeviceBytes,
     peakAtMs: summary.peak.atMs,
-    busyMs: summary.busyMs,
+    busyMs: {
+      ...summary.busyMs,
+      collective: collectiveMs(document),
+      send: movingMs(document, "send"),
+      receive: movingMs(document, "receive"),
+    },
     time: memory.timeMs,
     stack: MEMORY_KINDS.map((kind) => memory.bytes[kind]),
     unused: memory.unusedBytes,
-    run: instructions.map((i) => [
-      i.queue,
-      opOf.get(i.operand ?? i.op)!,
-      i.block === null ? -1 : number.get(i.block)!,
-      i.microBatch ?? -1,
-      i.startMs,
-      i.endMs,
-      Math.round((i.predictedEndMs - i.predictedStartMs) * 1e3) / 1e3,
-      i.bytes,
-    ]),
     predicted: predictedHeld(document),
   };
 }
@@ -196,15 +164,3 @@ function predictedHeld({ instructions, summary, holdings }: ProfileDocument): [n
       : [],
   );
 }
-
-const time = (ms: number): string =>
-  ms >= 1e4
-    ? `${(ms / 1e3).toFixed(1)} s`
-    : ms >= 1e3
-      ? `${(ms / 1e3).toFixed(2)} s`
-      : `${Number(ms.toPrecision(3))} ms`;
-const percent = (share: number): string => `${share < 0.0995 ? (share * 100).toFixed(1) : Math.round(share * 100)} %`;
-const ratio = (measured: number, predicted: number): string =>
-  `measured / predicted ${(measured / predicted).toFixed(2)}`;
-const html = (text: string): string =>
-  text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;").replaceAll('"', "&quot;");

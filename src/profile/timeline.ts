@@ -84,7 +84,13 @@ export function holdings(
 }
 
 /** What a message between ranks is held as, other than a boundary. */
-const SENT = { param: "parameters", compute: "compute", partial: "sums", reduced: "sums", sums: "sums" } as const;
+export const SENT_AS = {
+  param: "parameters",
+  compute: "compute",
+  partial: "sums",
+  reduced: "sums",
+  sums: "sums",
+} as const;
 
 /** Which operand each place holds for an instruction: reads first, then writes. */
 class Uses {
@@ -169,7 +175,7 @@ class Uses {
       case "receive": {
         const { kind, block } = i.operand;
         if (kind === "updated") break;
-        const held = kind === "x" || kind === "dx" ? "boundaries" : SENT[kind];
+        const held = kind === "x" || kind === "dx" ? "boundaries" : SENT_AS[kind];
         see(i.place, i.op === "send" ? "read" : "write", held, block, 0, i.bytes);
         break;
       }

@@ -91,8 +91,9 @@ export interface SkipEvent {
 export interface ProfileEvent {
   event: "profile";
   step: number;
+  /** Of several ranks rank 0 writes all: none on another. */
   files: string[];
-  /** Of the step: measured, and as the plan had it. */
+  /** Of the step, on this rank: measured, and as the plan had it. */
   peakDeviceBytes: number;
   predictedDeviceBytes: number;
 }

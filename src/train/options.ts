@@ -121,7 +121,8 @@ export interface TrainerOptions extends MemoryOptions {
   nonFinite?: "stop" | "skip";
   /**
    * Profiles one step, counted from 1 (true: the second of this run) into `<outputDir>/profile-<step>`: where memory was and
-   * what ran when, beside what the plan predicted. Not kept for a resume.
+   * what ran when, beside what the plan predicted. Several ranks: one page of all, which rank 0 writes. Not kept for a
+   * resume.
    */
   profileMemory?: boolean | number;
   /** Called at step boundaries with every event; training waits for it. */

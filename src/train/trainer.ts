@@ -9,6 +9,7 @@ import { FILES } from "../checkpoint/format.js";
 import { type Checkpoint, openCheckpoint, verifyCheckpoint } from "../checkpoint/read.js";
 import { CheckpointStore } from "../checkpoint/store.js";
 import type { BatchStream, DataBatch, Dataset } from "../data/types.js";
+import { monotonicMs } from "../distributed/clock.js";
 import { anyRank, fromFirst } from "../distributed/ranks.js";
 import { splitBatch } from "../distributed/split-batch.js";
 import { StromaError } from "../errors.js";
@@ -398,6 +399,7 @@ class Run {
       learningRate,
       maxGradNorm: options.maxGradNorm,
     });
+    const began = monotonicMs() - result.seconds * 1e3;
     const tokens = batches.reduce((n, b) => n + b.tokens, 0);
     const at = ++this.#step;
     if (result.nonFinite !== null) {
@@ -435,7 +437,7 @@ class Run {
       if (at === 1 || at % options.logEveryNSteps === 0) await this.#show(event);
       else this.#hidden = event;
     }
-    if (profile && result.nonFinite === null) await this.#writeProfile(tape, result);
+    if (profile && result.nonFinite === null) await this.#writeProfile(tape, result, began);
     if (result.skippedBlocks.length > 0) {
       const names = result.skippedBlocks.map((b) => open.plan.graph.blocks[b]!.name).join(", ");
       await this.#warn("NON_FINITE", `step ${at} left blocks as they were whose gradient was not finite: ${names}`);
@@ -540,16 +542,18 @@ class Run {
     return step;
   }
 
-  async #writeProfile(tape: Tape, result: StepResult): Promise<void> {
+  /** `began`: of the step, on this process's clock; a moment late, where its end was not heard at once. */
+  async #writeProfile(tape: Tape, result: StepResult, began: number): Promise<void> {
     const { graph, predict } = this.open.plan;
-    const { writeProfile } = await import("../profile/index.js");
+    const { writeProfile, writeProfilesOfRanks } = await import("../profile/index.js");
     const predicted = predict(tape);
     const { device, deviceMemory: capBytes, microBatchSize: B, sequenceLength: T } = this.options;
     const input = { graph, tape, profile: result.profile!, result, predicted, capBytes, dims: { B, T }, device };
-    const files = await writeProfile(
-      join(this.outputDir, `profile-${this.#step}${this.#first ? "" : `-rank-${this.ranks!.rank}`}`),
-      input,
-    );
+    const folder = join(this.outputDir, `profile-${this.#step}`);
+    const files =
+      this.ranks === null
+        ? await writeProfile(folder, input)
+        : await writeProfilesOfRanks(this.ranks, folder, input, began);
     await this.#emit({
       event: "profile",
       step: this.#step,

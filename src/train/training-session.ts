@@ -2,7 +2,7 @@
 import { createRequire } from "node:module";
 import { type Checkpoint, readGraph, restoreSession } from "../checkpoint/read.js";
 import type { Dataset } from "../data/types.js";
-import { agreeOn } from "../distributed/ranks.js";
+import { agreeOn, agreeOnDevice } from "../distributed/ranks.js";
 import { agreeOnSharedHost, machineFacts } from "../distributed/shared-host.js";
 import { agreeOnTransport } from "../distributed/transport.js";
 import { StromaError } from "../errors.js";
@@ -53,6 +53,8 @@ export async function openTrainingSession(
       "CONFIG",
       `[trainer] transport "${options.transport}" is how several ranks exchange, and this is one alone: leave it out`,
     );
+  // First: on another kind of device the plan differs too, and that would be the less clear reason.
+  if (ranks !== null) await agreeOnDevice(ranks, options);
   const graph = model.graph("train", options.dtype);
   const evalGraph = model.graph("eval", options.dtype);
   const generateGraph = model.graph("generate", options.dtype);
@@ -148,11 +150,11 @@ function sessionOptions(options: SettledOptions, outputDir: string): SessionOpti
 function shared(o: SettledOptions): Record<string, unknown> {
   const { dtype, precision, masterWeight, optimizer, seed, learningRate, learningRateSchedule, maxGradNorm } = o;
   const { steps, epochs, saveEveryNSteps, saveEveryNEpochs, evalEveryNSteps, evalMicroBatches } = o;
-  const { sampleEveryNSteps, samplePrompts, sampleTokens, nonFinite } = o;
+  const { sampleEveryNSteps, samplePrompts, sampleTokens, nonFinite, profileMemory } = o;
   return {
     ...{ dtype, precision, masterWeight, optimizer, seed, learningRate, learningRateSchedule, maxGradNorm },
     ...{ steps, epochs, saveEveryNSteps, saveEveryNEpochs, evalEveryNSteps, evalMicroBatches },
-    ...{ sampleEveryNSteps, samplePrompts, sampleTokens, nonFinite },
+    ...{ sampleEveryNSteps, samplePrompts, sampleTokens, nonFinite, profileMemory },
   };
 }
 

@@ -235,6 +235,33 @@ describe.skipIf(!native)("ranks", () => {
     }
   });
 
+  test.each([
+    [
+      "on another kind of device",
+      { device: "sim" },
+      "train on the same kind of device",
+      "sim, computing in float32",
+      "--device cpu",
+    ],
+    [
+      "in another dtype",
+      { dtype: "float64" },
+      "compute in the same dtype",
+      "cpu, computing in float64",
+      "--dtype float32",
+    ],
+  ] as [string, TrainerOptions, string, string, string][])(
+    "that would train %s are told which has what",
+    async (name, other, alike, has, cure) => {
+      const settled = await runRanks(3, { ...options, outputDir: folder(name) }, (rank) => (rank === 1 ? other : {}));
+      for (const s of settled)
+        expect((s as PromiseRejectedResult).reason).toMatchObject({
+          code: "RANKS",
+          message: `[ranks] the ranks do not ${alike}:\n  ranks 0, 2: cpu, computing in float32\n  rank 1: ${has}\nSay ${cure} to all`,
+        });
+    },
+  );
+
   test("all end when one fails, and say which", async () => {
     const bad = (rank: number): TrainerOptions =>
       rank === 1

@@ -66,7 +66,8 @@ export function describeEvent(event: TrainEvent, state: RunState, c: Colors, wid
     case "profile":
       return (
         `${at(event.step)}  ${c.cyan("profile")} device peak ${formatBytes(event.peakDeviceBytes)}, ` +
-        `planned ${formatBytes(event.predictedDeviceBytes)}: ${event.files.join(", ")}`
+        `planned ${formatBytes(event.predictedDeviceBytes)}: ${event.files.slice(0, 3).join(", ")}` +
+        (event.files.length > 3 ? ` and ${event.files.length - 3} more` : "")
       );
     case "warning":
       return `${c.yellow("warning")} ${event.message} (${event.code})`;
