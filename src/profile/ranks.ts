@@ -43,8 +43,25 @@ export function messagesOf(documents: readonly ProfileDocument[]): Message[] {
 }
 
 /**
+ * When each rank's step began at the latest: the end of a step may be heard late, where the event loop is busy, and never
+ * early; and nothing arrives before it went.
+ */
+function latestBegins(documents: readonly ProfileDocument[]): number[] {
+  const began = documents.map(({ rank }) => rank!.beganMs);
+  const messages = messagesOf(documents);
+  // What one rank learns another may need: as often as there are ranks.
+  for (const _ of documents)
+    for (const { from, to } of messages) {
+      const sent = documents[from.rank]!.instructions[from.instruction]!;
+      const received = documents[to.rank]!.instructions[to.instruction]!;
+      began[from.rank] = Math.min(began[from.rank]!, began[to.rank]! + received.endMs - sent.startMs);
+    }
+  return began;
+}
+
+/**
  * The documents of all ranks, by rank, with what one alone does not know: how long messages waited for the other end.
- * `beganMs` of each: on one clock; in what is returned from the first rank's begin.
+ * `beganMs` of each: on one clock, not too early; in what is returned from the first rank's begin.
  * @throws INVALID_ARGUMENT where they are not of one step's ranks
  */
 export function sideBySide(documents: readonly ProfileDocument[]): ProfileDocument[] {
@@ -53,8 +70,9 @@ export function sideBySide(documents: readonly ProfileDocument[]): ProfileDocume
       "INVALID_ARGUMENT",
       `[profile] expected the documents of ranks 0 to ${documents.length - 1} in order, got those of ${documents.map(({ rank }) => (rank === null ? "one alone" : `${rank.rank} of ${rank.ranks}`)).join(", ")}`,
     );
-  const first = Math.min(...documents.map(({ rank }) => rank!.beganMs));
-  const shifted = documents.map((d) => ({ ...d, rank: { ...d.rank!, beganMs: round(d.rank!.beganMs - first) } }));
+  const began = latestBegins(documents);
+  const first = Math.min(...began);
+  const shifted = documents.map((d, r) => ({ ...d, rank: { ...d.rank!, beganMs: round(began[r]! - first) } }));
   const both = shifted.map(() => new Map<number, number>());
   for (const { from, to, bothMs } of messagesOf(shifted))
     for (const { rank, instruction } of [from, to]) both[rank]!.set(instruction, bothMs - shifted[rank]!.rank.beganMs);

@@ -48,6 +48,24 @@ it("a message is on its way from when both ends are there, on one clock", () => 
   expect(second!.summary.messages).toEqual({ waitMs: 0, movingMs: 10, hiddenMs: 0 });
 });
 
+it("a begin that was heard late is no later than what it sent allows", () => {
+  const [late, second] = two();
+  late!.rank!.beganMs = 1100;
+  // What rank 0 sent at 12 had arrived at rank 1's 15.
+  expect(sideBySide([late!, second!]).map((d) => d.rank!.beganMs)).toEqual([3, 0]);
+  // Rank 2 tells of rank 1, and so of rank 0.
+  const three = ["send", "receive"].map((op) => [op, op === "send" ? 10 : 0, 20] as const);
+  const chain = [0, 1, 2].map((r) =>
+    document(
+      r,
+      [900, 500, 0][r]!,
+      [...(r < 2 ? [[...three[0]!, r + 1] as Made] : []), ...(r > 0 ? [[...three[1]!, r - 1] as Made] : [])],
+      3,
+    ),
+  );
+  expect(sideBySide(chain).map((d) => d.rank!.beganMs)).toEqual([20, 10, 0]);
+});
+
 it("of time that lies under several others each part counts once", () => {
   const computing = [
     [0, 2],
