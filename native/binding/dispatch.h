@@ -23,6 +23,7 @@ struct Op {
   bool single_tensor = false;
   /// See refused.cc.
   bool trusting = false;
+  bool copies = false;
   bool polynomial = false;
   bool foreach = false;
   bool range = false;

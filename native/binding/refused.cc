@@ -63,6 +63,12 @@ void check_lists(const Op& op, const std::vector<c10::IValue>& stack) {
   }
 }
 
+/// The kernel looks for a storage behind what it would copy to, and a compressed sparse tensor has none.
+void check_strided(const Op& op, const c10::IValue& self) {
+  if (!self.isTensor() || !self.toTensor().defined() || self.toTensor().layout() == at::kStrided) return;
+  refuse(op, "expected a strided tensor to copy to, got a sparse one. Call aten::copy_ for those");
+}
+
 /// A step of 0.5 is 0 in an integer range, and the kernel divides by it.
 void check_step(const Op& op, const std::vector<c10::IValue>& stack) {
   bool whole = false;
@@ -89,6 +95,7 @@ void examine(Op& op) {
   op.trusting = is_trusting(name.substr(0, colons), base);
   op.foreach = base.rfind("_foreach_", 0) == 0;
   op.range = base == "range";
+  op.copies = base == "copy";
   op.polynomial = base.find("_polynomial_") != std::string_view::npos;
 }
 
@@ -100,6 +107,7 @@ void refuse_unsafe(const Op& op, const std::vector<c10::IValue>& stack, bool tru
   }
   if (op.foreach) check_lists(op, stack);
   if (op.range) check_step(op, stack);
+  if (op.copies && !stack.empty()) check_strided(op, stack[0]);
   if (op.polynomial && stack.size() > 1) check_degree(op, stack[1]);
 }
 
