@@ -1,6 +1,7 @@
 import { describe, expect, it } from "vitest";
 import { parseConfig } from "../../../src/cli/config-file.js";
 import { demoTraining } from "../../../src/cli/demo.js";
+import { describeError } from "../../../src/cli/errors.js";
 import {
   camel,
   checkOption,
@@ -355,4 +356,12 @@ describe("the config file", () => {
     );
     expect(thrown(() => parse(bomb))).toMatchObject({ code: "CONFIG", message: /train\.yaml: Excessive alias/ });
   });
+});
+
+it("messages of refusals name flags, also where the cure is one", () => {
+  for (const code of ["CONFIG", "OUT_OF_MEMORY"] as const)
+    expect(describeError(new StromaError(code, "it fits with masterWeight none")).message).toBe(
+      "it fits with --master-weight none",
+    );
+  expect(describeError(new StromaError("DATA", "a column masterWeight")).message).toBe("a column masterWeight");
 });

@@ -6,6 +6,7 @@ import { findModel } from "../../../src/models/registry.js";
 import {
   type ContextSizes,
   chooseContext,
+  contextOn,
   contextSizes,
   sequenceTraffic,
   withTransfers,
@@ -127,5 +128,16 @@ describe("what a pass over ranks costs", () => {
       expect(seconds(4, kind, 1e8)).toBeGreaterThan(whole);
     }
     expect(seconds(4, "ring", 20e9)).toBeLessThan(seconds(4, "allToAll", 20e9));
+  });
+});
+
+describe("the faster way of attending, on a machine", () => {
+  it("is chosen by the rate of the graph's dtype", () => {
+    const profile = findProfile("a100");
+    // Products cost nothing in bfloat16, and everything in float32: only behind these a ring hides what it sends.
+    const gemm = { ...profile.gemm, bfloat16: { flops: 1e21, halfRows: 1 }, float32: { flops: 1e9, halfRows: 1 } };
+    const kind = (dtype: "bfloat16" | "float32") =>
+      contextOn(findModel("100m").graph({ mode: "train", dtype }), { B: 1, T: 4096 }, 2, { ...profile, gemm }).kind;
+    expect([kind("bfloat16"), kind("float32")]).toEqual(["allToAll", "ring"]);
   });
 });
