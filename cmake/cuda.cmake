@@ -7,16 +7,27 @@ target_link_options(stroma_torch INTERFACE -Wl,--no-as-needed)
 target_link_libraries(stroma_torch INTERFACE torch_cuda c10_cuda ${STROMA_CUDART})
 
 if(KERNEL_CUDA_SOURCES)
-  # Ampere to Blackwell, as far as this nvcc goes; the newest also as PTX, for cards that come after it.
+  # STROMA_CUDA_ARCHS: compute capabilities without their dot (86;90), one pass of nvcc each. Without it all from Ampere
+  # to Blackwell. What this nvcc does not know is left out; a card that is not among them takes the PTX: of the oldest
+  # where they were chosen, else of the newest, for cards that come after it.
   execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --list-gpu-arch OUTPUT_VARIABLE nvcc_archs)
-  foreach(arch 80 86 89 90 100 120)
+  set(archs "")
+  foreach(arch ${STROMA_CUDA_ARCHS})
     if(nvcc_archs MATCHES "compute_${arch}[^0-9]")
       list(APPEND archs ${arch})
     endif()
   endforeach()
-  list(GET archs -1 newest)
+  set(ptx 80)
+  if(NOT archs)
+    foreach(arch 80 86 89 90 100 120)
+      if(nvcc_archs MATCHES "compute_${arch}[^0-9]")
+        list(APPEND archs ${arch})
+      endif()
+    endforeach()
+    list(GET archs -1 ptx)
+  endif()
   list(TRANSFORM archs APPEND "-real")
-  set(CMAKE_CUDA_ARCHITECTURES ${archs} ${newest}-virtual)
+  set(CMAKE_CUDA_ARCHITECTURES ${archs} ${ptx}-virtual)
   # One runtime in the process, libtorch's: it is linked above, by path.
   set(CMAKE_CUDA_RUNTIME_LIBRARY None)
   enable_language(CUDA)

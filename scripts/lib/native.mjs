@@ -2,6 +2,7 @@
 import { existsSync, mkdirSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import { dirname, join } from "node:path";
+import { isCheckout } from "./checkout.mjs";
 import { hashTree, stampIs } from "./hash.mjs";
 import { ask, run, SetupError, step, which } from "./process.mjs";
 import { readTorchVersion, root, writeAtomically, writeRecord } from "./record.mjs";
@@ -77,7 +78,22 @@ export function hasGpu() {
 const NATIVE_INPUTS = ["CMakeLists.txt", "cmake", "native/kernels", "native/engine", "native/binding"];
 
 function nativeHash(torch) {
-  return hashTree(root, NATIVE_INPUTS, [torch.path, torch.version, process.arch, process.env.CXX ?? ""]);
+  const facts = [torch.path, torch.version, process.arch, process.env.CXX ?? "", process.env.STROMA_CUDA_ARCHS ?? ""];
+  return hashTree(root, NATIVE_INPUTS, facts);
+}
+
+/**
+ * Compute capabilities to compile for, ascending, as nvcc spells them ("86"): those of STROMA_CUDA_ARCHS, else of the
+ * cards in this machine, which is six times less work than all. Empty: all. Cards before Ampere are not served.
+ */
+export function cudaArchitectures(named = process.env.STROMA_CUDA_ARCHS, gpus = probe()?.gpus ?? []) {
+  const words = (named ?? "").split(/[\s,;]+/).filter(Boolean);
+  const wrong = words.find((word) => !/^\d+\.?\d$/.test(word));
+  if (wrong !== undefined)
+    throw new SetupError(`STROMA_CUDA_ARCHS: "${wrong}" is no compute capability`, 'write them as "8.6 9.0"');
+  const of = words.length > 0 ? words : gpus.map((gpu) => gpu.computeCapability).filter(Boolean);
+  const all = of.map((word) => Number(word.replace(".", ""))).filter((arch) => arch >= 80);
+  return [...new Set(all)].sort((a, b) => a - b).map(String);
 }
 
 export function buildId(torch, cuda) {
@@ -138,7 +154,7 @@ async function cudaArguments(torch, pipArgs) {
   ].find((path) => existsSync(path));
   if (!cudart) throw new SetupError(`${name} is missing beside ${torch.path}`, "run `npx stroma setup --cuda --force`");
   const args = [`-DSTROMA_CUDA_INCLUDE=${include}`, `-DSTROMA_CUDART=${cudart}`];
-  if (nvcc) args.push(`-DCMAKE_CUDA_COMPILER=${nvcc}`);
+  if (nvcc) args.push(`-DCMAKE_CUDA_COMPILER=${nvcc}`, `-DSTROMA_CUDA_ARCHS=${cudaArchitectures().join(";")}`);
   const nccl = ncclHeaders(torch.path);
   if (nccl) args.push(`-DSTROMA_NCCL_INCLUDE=${nccl.join(";")}`);
   return args;
@@ -174,6 +190,10 @@ export async function buildAddon(torch, { cuda = false, force = false, pipArgs =
       writeFileSync(join(folder, "arguments"), args.join("\n"));
     }
     await run(ninja, ["-C", folder, "-j", String(compileJobs())]);
+    // Half a gigabyte each, of use only to who compiles again.
+    if (!isCheckout())
+      for (const name of ["stroma", "stroma_kernels"])
+        rmSync(join(folder, "CMakeFiles", `${name}.dir`, "cmake_pch.hxx.gch"), { force: true });
     const record = writeRecord(folder, torch, { makeCurrent: false });
     writeAtomically(join(folder, "stamp"), hash);
     return record;

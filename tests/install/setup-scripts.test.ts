@@ -14,6 +14,7 @@ const { withLock } = await library("process");
 const { chooseLibtorch, cudaRequirements, inspectTorch } = await library("libtorch");
 const { parseArguments } = await library("setup");
 const { readTorchVersion } = await library("record");
+const { cudaArchitectures } = await library("native");
 
 let folder: string;
 beforeEach(() => {
@@ -286,5 +287,26 @@ describe("a driver that is older than the libtorch", () => {
     expect(text !== null).toBe(told);
     if (told) expect(text).toMatch(/550\.1.*CUDA 12\.4.*CUDA 13\.0.*STROMA_LIBTORCH/);
     expect(driverTooOld({ version: "2.14.1", cuda, path: "/x" }, null)).toBeNull();
+  });
+});
+
+describe("the architectures that CUDA kernels are compiled for", () => {
+  const cards = [{ computeCapability: "9.0" }, { computeCapability: "8.6" }, { computeCapability: "8.6" }];
+
+  it("are those of the cards, once each", () => {
+    expect(cudaArchitectures("", cards)).toEqual(["86", "90"]);
+  });
+
+  it("are all where there is no card, or none that says what it is", () => {
+    expect(cudaArchitectures("", [])).toEqual([]);
+    expect(cudaArchitectures("", [{ computeCapability: "" }, { computeCapability: "7.5" }])).toEqual([]);
+  });
+
+  it("are what STROMA_CUDA_ARCHS names, whatever the cards", () => {
+    expect(cudaArchitectures("8.0, 12.0;89", cards)).toEqual(["80", "89", "120"]);
+  });
+
+  it("are refused where a word is none", () => {
+    expect(() => cudaArchitectures("8.0 ampere", cards)).toThrow('"ampere" is no compute capability');
   });
 });
