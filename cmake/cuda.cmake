@@ -50,7 +50,8 @@ endif()
 if(STROMA_NCCL_INCLUDE)
   set(nccl_options ${STROMA_NCCL_INCLUDE})
   list(TRANSFORM nccl_options PREPEND "-isystem")
-  set_source_files_properties(native/engine/nccl_links.cc PROPERTIES
+  set_source_files_properties(
+    native/engine/nccl_group.cc native/engine/nccl_line.cc native/engine/nccl_links.cc PROPERTIES
     COMPILE_DEFINITIONS STROMA_NCCL COMPILE_OPTIONS "${nccl_options}")
 else()
   message(STATUS "no nccl.h: ranks on cards will exchange over Gloo")

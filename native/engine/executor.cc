@@ -120,8 +120,11 @@ void Executor::load(Graph graph, std::optional<Placement> placement) {
   const bool staged = placement.has_value() && placement->stages.has_value();
   if (staged && placement->stages->context > 1) spec_.context = placement->stages->context_group();
   // Waits for the others, so not where the session is made.
-  if (!spec_.context.empty())
-    groups_["context:" + std::to_string(spec_.context.size())] = spec_.ranks->group(spec_.context);
+  if (!spec_.context.empty()) {
+    if (spec_.over_nccl) cards_ = nccl::group(spec_.device, spec_.ranks, spec_.context);
+    groups_["context:" + std::to_string(spec_.context.size())] =
+        cards_ != nullptr ? cards_->name() : spec_.ranks->group(spec_.context);
+  }
   loaded->programs = ready(graph);
   at::Tensor shared;
   if (placement.has_value() && placement->shared_bytes > 0) {

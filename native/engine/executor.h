@@ -12,6 +12,7 @@
 
 #include "engine/copies.h"
 #include "engine/kept.h"
+#include "engine/nccl_group.h"
 #include "engine/program.h"
 #include "engine/state.h"
 
@@ -179,6 +180,7 @@ class Executor {
   void update(Step& step, const Instruction& at);
 
   SessionSpec spec_;
+  std::unique_ptr<nccl::Group> cards_;         // what rows of the context are passed around in, over NCCL
   std::map<std::string, std::string> groups_;  // symbols of the graph: names in c10d's registry
   Account& account_;
   int64_t library_bytes_ = 0;  // of a card, before anything of this session's

@@ -1,16 +1,8 @@
 // NCCL between the cards of ranks, over c10d's ProcessGroupNCCL: what a tape's sends and receives move goes from card
 // to card and not through the host. A build without CUDA or without NCCL's headers has the same functions; they refuse.
 //
-// A line is one direction between two ranks: a communicator of two, of its own, so that what waits on it holds up no
-// other. Lines are made by open(), on the thread that begins a step, by both ends and in one order over all ranks
-// (by the sender, then by the receiver). That cannot deadlock: of all lines not yet made the first in this order has
-// two ends that have made all their earlier ones, so neither waits for anything but the other. The tapes of all ranks
-// are proved to have every send met by a receive, so both ends know of the line.
-//
-// A transfer begins with a meeting of its ends on the host, over Gloo, once each has what its side waits for. A kernel
-// of NCCL's holds processors of its card from its launch to its end, and cudaFree and cudaHostUnregister wait for it:
-// none is launched before the other end is there, so none runs for longer than its bytes take. And whoever waits for a
-// rank that is lost waits in Gloo, where the ranks' watch ends it.
+// Lines (nccl_line.h) are made by open(), on the thread that begins a step, in the one order over all ranks. The tapes
+// of all ranks are proved to have every send met by a receive, so both ends know of a line.
 #pragma once
 #include <memory>
 #include <string>

@@ -88,21 +88,23 @@ class WatchedGloo final : public c10d::Backend {
 
 }  // namespace
 
-RankGroup::RankGroup(const c10::intrusive_ptr<c10d::Store>& store,
-                     const c10::intrusive_ptr<c10d::ProcessGroupGloo>& gloo, const std::vector<int>& members, Wait wait,
-                     Lose lose) {
+RegisteredGroup::RegisteredGroup(const c10::intrusive_ptr<c10d::Backend>& backend,
+                                 std::initializer_list<c10::DeviceType> devices) {
   using BackendType = c10d::ProcessGroup::BackendType;
   static std::atomic<int64_t> made{0};
   name_ = "stroma/" + std::to_string(made++);
-  group_ = c10::make_intrusive<c10d::ProcessGroup>(store, gloo->getRank(), gloo->getSize());
-  const auto backend = c10::make_intrusive<WatchedGloo>(gloo, members, std::move(wait), std::move(lose));
-  for (const auto device : {c10::DeviceType::CPU, c10::DeviceType::CUDA})
-    group_->setBackend(device, BackendType::CUSTOM, backend);
+  // Nothing asks the group for its store: what it needed is in its backend.
+  group_ = c10::make_intrusive<c10d::ProcessGroup>(nullptr, backend->getRank(), backend->getSize());
+  for (const auto device : devices) group_->setBackend(device, BackendType::CUSTOM, backend);
   group_->setDefaultBackend(BackendType::CUSTOM);
   group_->setGroupName(name_);
   c10d::register_process_group(name_, group_);
 }
+RegisteredGroup::~RegisteredGroup() { c10d::unregister_process_group(name_); }
 
-RankGroup::~RankGroup() { c10d::unregister_process_group(name_); }
+RankGroup::RankGroup(const c10::intrusive_ptr<c10d::ProcessGroupGloo>& gloo, const std::vector<int>& members, Wait wait,
+                     Lose lose)
+    : registered_(c10::make_intrusive<WatchedGloo>(gloo, members, std::move(wait), std::move(lose)),
+                  {c10::DeviceType::CPU, c10::DeviceType::CUDA}) {}
 
 }  // namespace stroma::engine

@@ -3,6 +3,7 @@
 #pragma once
 #define USE_C10D_GLOO
 #include <functional>
+#include <initializer_list>
 #include <string>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 #include <vector>
@@ -11,6 +12,20 @@ namespace stroma::engine {
 
 // In c10d's registry from construction to destruction. The registry is the process's and ranks may share a process, so
 // the name is one that no other group of this process has: it says nothing to other ranks.
+class RegisteredGroup {
+ public:
+  RegisteredGroup(const c10::intrusive_ptr<c10d::Backend>& backend, std::initializer_list<c10::DeviceType> devices);
+  ~RegisteredGroup();
+  RegisteredGroup(const RegisteredGroup&) = delete;
+  RegisteredGroup& operator=(const RegisteredGroup&) = delete;
+
+  const std::string& name() const { return name_; }
+
+ private:
+  std::string name_;
+  c10::intrusive_ptr<c10d::ProcessGroup> group_;  // the registry holds it weakly
+};
+
 class RankGroup {
  public:
   // Waits for a transfer with a rank of the run; throws RANKS when that or any other is lost.
@@ -19,17 +34,13 @@ class RankGroup {
   using Lose = std::function<void(int rank, const char* why)>;
 
   // members: ranks of the run by their place in the group; `gloo` has as many, in this order.
-  RankGroup(const c10::intrusive_ptr<c10d::Store>& store, const c10::intrusive_ptr<c10d::ProcessGroupGloo>& gloo,
-            const std::vector<int>& members, Wait wait, Lose lose);
-  ~RankGroup();
-  RankGroup(const RankGroup&) = delete;
-  RankGroup& operator=(const RankGroup&) = delete;
+  RankGroup(const c10::intrusive_ptr<c10d::ProcessGroupGloo>& gloo, const std::vector<int>& members, Wait wait,
+            Lose lose);
 
-  const std::string& name() const { return name_; }
+  const std::string& name() const { return registered_.name(); }
 
  private:
-  std::string name_;
-  c10::intrusive_ptr<c10d::ProcessGroup> group_;  // the registry holds it weakly
+  RegisteredGroup registered_;
 };
 
 }  // namespace stroma::engine

@@ -126,7 +126,7 @@ class Joined final : public Ranks {
       const auto channel =
           gloo(store, "group/" + list, static_cast<int>(place - members.begin()), static_cast<int>(members.size()));
       auto made = std::make_unique<RankGroup>(
-          store, channel, members, [watch = watch_](c10d::Work& work, int rank) { watch->finish(work, rank); },
+          channel, members, [watch = watch_](c10d::Work& work, int rank) { watch->finish(work, rank); },
           [watch = watch_](int rank, const char* why) { watch->lose_peer(rank, why); });
       return made_.emplace(members, std::move(made)).first->second->name();
     } catch (const std::exception& error) {
@@ -183,7 +183,9 @@ class Joined final : public Ranks {
     owed.clear();
   }
 
-  void meet(int peer, bool sends) override { move(Channel::kData, at::zeros({1}, at::kByte), peer, /*out=*/!sends, 3); }
+  void meet(int peer, bool sends, int lane) override {
+    move(Channel::kData, at::zeros({1}, at::kByte), peer, /*out=*/!sends, 3 + lane);
+  }
   c10::intrusive_ptr<c10d::Store> line_store(int from, int to) override {
     const std::string line = std::to_string(from) + "/" + std::to_string(to);
     int made = 0;

@@ -28,6 +28,9 @@ struct RankSpec {
   std::shared_ptr<std::atomic<bool>> cancelled;  // true: join() throws; may be null
 };
 
+// Of meetings: what tapes move, and what operators pass around in a group.
+constexpr int kTapeLane = 0, kGroupLane = 1;
+
 class Ranks {
  public:
   // Channels are independent: what is sent on one is never received on another.
@@ -51,9 +54,10 @@ class Ranks {
   // of each list is collective over its members; later ones give the same name. What waits in an operator ends as
   // send() and receive() do.
   virtual std::string group(const std::vector<int>& members) = 0;
-  // For transfers that go another way than over these channels (nccl_links.h). Both ends of one meet here first, the
-  // sender with sends = true: returns when the other is there too. Threads as for send() and receive(), on kData.
-  virtual void meet(int peer, bool sends) = 0;
+  // For transfers that go another way than over these channels (nccl_line.h). Both ends of one meet here first, the
+  // sender with sends = true: returns when the other is there too. Those of one lane never meet those of another; one
+  // at a time for each lane, peer and direction.
+  virtual void meet(int peer, bool sends, int lane) = 0;
   // A connection of its own to the store, for the n-th line from one rank to another: its keys are those that the other
   // end has at its n-th call, and no others'.
   virtual c10::intrusive_ptr<c10d::Store> line_store(int from, int to) = 0;

@@ -8,6 +8,7 @@ import { writeTape } from "../../src/plan/write-tape.js";
 import type { SessionOptions } from "../../src/train/native-session.js";
 import { nativeOrSkip } from "../support/native.js";
 import { random } from "../support/random-models.js";
+import { contextCase, distance, stepShared, summed } from "./context-case.js";
 import { lawCase } from "./offload-case.js";
 import { joinAll, trainRanks } from "./rank-case.js";
 import { differences, randomPolicy, sessionOptions } from "./trial.js";
@@ -47,6 +48,17 @@ describe.skipIf(why !== null)("two ranks with a card each", () => {
       const [gloo, nccl] = [await run("gloo"), await run("nccl")];
       expect(differences(nccl, gloo), `seed ${seed}: ${c.label}`).toEqual([]);
       expect(nccl.sent, `seed ${seed}`).toEqual(nccl.planned);
+    }
+    await Promise.all(ranks.map((r) => r.leave()));
+  });
+
+  it("pass rows around over NCCL as over Gloo, to the bit", { timeout: 300_000 }, async () => {
+    const ranks = await joinAll(native!, 2);
+    for (let seed = 1; seed <= 8; seed++) {
+      const c = contextCase(seed, 2, "float32");
+      const gloo = await stepShared(onCards("gloo"), ranks, c);
+      const nccl = await stepShared(onCards("nccl"), ranks, c);
+      expect(distance(summed(nccl), summed(gloo)), c.label).toBe(0);
     }
     await Promise.all(ranks.map((r) => r.leave()));
   });
