@@ -26,6 +26,8 @@ const pair = (name, words, host = () => "") => {
     `${train} --distributed --model 100m --steps 4 ${words} --output-dir ${join(runs, name)}`;
   return `${rank(0)} & ${rank(1)}; code=$?; wait $! || code=$?; exit $code`;
 };
+/** NCCL refuses two ranks on one card of one machine. */
+const asMachines = (rank) => `NCCL_HOSTID=rank${rank} NCCL_SOCKET_IFNAME=lo `;
 
 /** name: [seconds at the most, command] */
 const CHECKS = {
@@ -47,7 +49,9 @@ const CHECKS = {
     `node bin/stroma.js eval --checkpoint ${join(runs, "offload")} && node bin/stroma.js generate --checkpoint ${join(runs, "offload")} --prompt 'synthetic star'`,
   ],
   gloo: [90, pair("gloo", "")],
-  nccl: [90, pair("nccl", "--transport nccl", (rank) => `NCCL_HOSTID=rank${rank} NCCL_SOCKET_IFNAME=lo `)],
+  nccl: [90, pair("nccl", "--transport nccl", asMachines)],
+  context: [90, pair("context", "--context 2")],
+  "context-nccl": [90, pair("context-nccl", "--context 2 --transport nccl", asMachines)],
   optimizer: [
     60,
     "node bench/run.mjs optimizer8bit --device cuda:0 --elements 134217728 --param bfloat16 --json && node bench/run.mjs optimizer8bit --device cuda:0 --elements 134217728 --json",
