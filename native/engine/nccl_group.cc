@@ -12,7 +12,6 @@
 #include <deque>
 #include <map>
 #include <mutex>
-#include <optional>
 #include <thread>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
@@ -92,6 +91,7 @@ class Lane {
     const auto stream = c10::cuda::getStreamFromPool(/*isHighPriority=*/true, device.index());
     std::thread([state = state_, stream] { run(*state, stream); }).detach();
   }
+  ~Lane() { begin_closing(); }  // also of a group that could not be made to its end
   Lane(const Lane&) = delete;
   Lane& operator=(const Lane&) = delete;
 

@@ -84,13 +84,19 @@ function nativeHash(torch) {
 
 /**
  * Compute capabilities to compile for, ascending, as nvcc spells them ("86"): those of STROMA_CUDA_ARCHS, else of the
- * cards in this machine, which is six times less work than all. Empty: all. Cards before Ampere are not served.
+ * cards in this machine, about a third of the work for one. Empty: all. Cards before Ampere are not served.
  */
 export function cudaArchitectures(named = process.env.STROMA_CUDA_ARCHS, gpus = probe()?.gpus ?? []) {
   const words = (named ?? "").split(/[\s,;]+/).filter(Boolean);
   const wrong = words.find((word) => !/^\d+\.?\d$/.test(word));
   if (wrong !== undefined)
     throw new SetupError(`STROMA_CUDA_ARCHS: "${wrong}" is no compute capability`, 'write them as "8.6 9.0"');
+  const old = words.find((word) => Number(word.replace(".", "")) < 80);
+  if (old !== undefined)
+    throw new SetupError(
+      `STROMA_CUDA_ARCHS: the kernels are for 8.0 and later, not ${old}`,
+      "leave it out, or unset it",
+    );
   const of = words.length > 0 ? words : gpus.map((gpu) => gpu.computeCapability).filter(Boolean);
   const all = of.map((word) => Number(word.replace(".", ""))).filter((arch) => arch >= 80);
   return [...new Set(all)].sort((a, b) => a - b).map(String);

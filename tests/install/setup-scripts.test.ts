@@ -308,5 +308,6 @@ describe("the architectures that CUDA kernels are compiled for", () => {
 
   it("are refused where a word is none", () => {
     expect(() => cudaArchitectures("8.0 ampere", cards)).toThrow('"ampere" is no compute capability');
+    expect(() => cudaArchitectures("8.6 7.5", cards)).toThrow("for 8.0 and later, not 7.5");
   });
 });
