@@ -25,6 +25,8 @@ export interface SizedCall {
   tensors: SizedValue[];
   out: SizedValue;
   flops: number;
+  /** Of the whole program, parameters and results: what passes between two uses of one parameter. */
+  passBytes: number;
   /** What autograd holds of it: values at hand by id, and bytes of its own. */
   savedValues: number[];
   savedOwnBytes: number[];
@@ -60,7 +62,7 @@ export function sizedProgram(graph: Graph, block: number, dims: Readonly<Record<
   };
   const inputs = program.inputs.map((i) => add(i.dtype, i.shape, i.grad));
   const parameters = program.parameters.map((p, i) => add(dtype, p.shape, trainable[i]!));
-  const calls = inferProgram(program, dtype, trainable).map(({ op, args, out }): SizedCall => {
+  const calls = inferProgram(program, dtype, trainable).map(({ op, args, out }): Omit<SizedCall, "passBytes"> => {
     const rule = rules[op] as unknown as Rule;
     const tensors: SizedValue[] = [];
     const sized = (arg: unknown): unknown => {
@@ -84,5 +86,12 @@ export function sizedProgram(graph: Graph, block: number, dims: Readonly<Record<
       ),
     };
   });
-  return { inputs, parameters, calls, outputs: program.outputs.map((o) => o.value), values };
+  const passBytes = values.slice(inputs.length).reduce((n, v) => n + v.bytes, 0);
+  return {
+    inputs,
+    parameters,
+    calls: calls.map((call) => ({ ...call, passBytes })),
+    outputs: program.outputs.map((o) => o.value),
+    values,
+  };
 }

@@ -187,7 +187,7 @@ export class MeasuredTimes implements Times {
   norm({ trainable, workingBytes }: BlockSizes, uses: number): Cost {
     const { norm, add } = this.rates;
     const sums = Math.max(0, uses - 1) * this.streamed(add, trainable, workingBytes);
-    return moving(trainable.reduce((n, elements) => n + onCurve(norm, elements), sums));
+    return moving(sums + this.streamed(norm, trainable, workingBytes));
   }
 
   pack({ trainable, workingBytes }: BlockSizes, dtype: RetainedDType): Cost {
@@ -199,10 +199,14 @@ export class MeasuredTimes implements Times {
 
   update({ trainable }: BlockSizes, state: StateFormat, retained: RetainedDType | null): Cost {
     const curve = this.rates.update[formatKey(state)] ?? this.rates.update["float32 none adamw"]!;
+    // Once a step, hence from memory, whatever a tensor's own size.
+    const each = curve.at(-1)![1] / curve.at(-1)![0];
     return moving(
       trainable.reduce(
         (n, elements) =>
-          n + onCurve(curve, elements) + (retained === "dynamic8" ? onCurve(this.rates.dequantize, elements) : 0),
+          n +
+          Math.max(elements * each, onCurve(curve, elements)) +
+          (retained === "dynamic8" ? onCurve(this.rates.dequantize, elements) : 0),
         0,
       ),
     );
@@ -223,8 +227,15 @@ export class MeasuredTimes implements Times {
     // A stack of products shares nothing; one with a matrix is one product of all rows.
     const stack = op === "matmul" && w.shape.length > 2 ? w.elements / (inner * columns) : 1;
     const rows = out.elements / columns / stack;
-    const seconds = stack * onGrid(this.products[form], [rows, inner, columns]);
+    const seconds = stack * this.oneProduct(form, [rows, inner, columns], call);
     return { seconds, memorySeconds: 0, flops: call.flops };
+  }
+
+  /** A backward has as much again to pass through: gradients of all that the forward made. */
+  private oneProduct(form: keyof ProductRates, sizes: number[], { passBytes }: SizedCall): number {
+    const grid = this.products[form];
+    const between = form === "forward" ? passBytes : 2 * passBytes;
+    return onGrid(grid, [...sizes, Math.min(between, grid.axes[3]!.at(-1)!)]);
   }
 
   private headProducts(call: SizedCall, forms: (keyof ProductRates)[], logits: Curve): Cost {
@@ -234,7 +245,7 @@ export class MeasuredTimes implements Times {
     const chunk = Math.min(rows, call.args[5] as number);
     const moved = (rows / chunk) * onCurve(logits, chunk * vocabulary);
     const products = forms.reduce(
-      (n, form) => n + (rows / chunk) * onGrid(this.products[form], [chunk, inner, vocabulary]),
+      (n, form) => n + (rows / chunk) * this.oneProduct(form, [chunk, inner, vocabulary], call),
       0,
     );
     return { seconds: products + moved, memorySeconds: moved, flops: forms.length * call.flops };

@@ -3,6 +3,8 @@
  * the kernels that training runs.
  */
 import { type OpName, schemas } from "../graph/schemas.js";
+import type { DType } from "../graph/types.js";
+import { dtypeBytes } from "../graph/value.js";
 import { callOp, enableGrad, grad, noGrad, scope, type Tensor, trusted } from "../tensor/index.js";
 import {
   type Curve,
@@ -16,13 +18,16 @@ import {
 import type { StateFormat } from "./types.js";
 
 /**
- * A few seconds for each of operators, products, attention and memory. All of it three times, and of each figure the median: what
- * shares the machine slows it for seconds at a time, hence whole tables, which no number of calls in a row evens out; and the
- * least of them would be a machine that nobody shares. Needs the addon.
+ * Takes most of a minute: all tables three times, and of each figure the median, since what shares the machine slows it for
+ * seconds at a time, hence whole tables, which no number of calls in a row evens out; and the least of them would be a machine
+ * that nobody shares. Needs the addon.
  */
 export function measureRates(): MeasuredRates {
-  return middle(measureOnce(), measureOnce(), measureOnce());
+  return middleRates(measureOnce(), measureOnce(), measureOnce());
 }
+
+/** Of three measurements, of each figure the middle one. */
+export const middleRates = (a: MeasuredRates, b: MeasuredRates, c: MeasuredRates): MeasuredRates => middle(a, b, c);
 
 /** Of three trees of one shape, the middle one of each three numbers (sizes are equal in all). */
 function middle<T>(a: T, b: T, c: T): T {
@@ -33,7 +38,8 @@ function middle<T>(a: T, b: T, c: T): T {
   return (Array.isArray(a) ? entries.map(([, x]) => x) : Object.fromEntries(entries)) as T;
 }
 
-function measureOnce(): MeasuredRates {
+/** All tables, once. */
+export function measureOnce(): MeasuredRates {
   return trusted(() =>
     noGrad(() => ({
       products: {
@@ -51,10 +57,7 @@ function measureOnce(): MeasuredRates {
   );
 }
 
-/**
- * Seconds of a call: the lower quartile of as many as fit into `budget` seconds, after one that warms up. Above it lie the
- * calls that something else on the machine cut into, which a step of many calls averages over.
- */
+/** Seconds of a call: the median of as many as fit into `budget` seconds, after one that warms up. */
 export function seconds(work: () => void, budget = 0.01): number {
   const once = (times: number): number => {
     const begin = performance.now();
@@ -67,7 +70,7 @@ export function seconds(work: () => void, budget = 0.01): number {
   const times = Math.max(1, Math.round(1e-4 / Math.max(first, 1e-6)));
   const rounds = Math.min(25, Math.max(1, Math.round(budget / (first * times))));
   const all = [first, ...Array.from({ length: rounds }, () => once(times))].sort((a, b) => a - b);
-  return all[all.length >> 2]!;
+  return all[all.length >> 1]!;
 }
 
 const COLUMNS = 256;
@@ -103,21 +106,46 @@ function grid(axes: number[][], of: (sizes: number[]) => number, work: (sizes: n
 }
 const LONG = 0.2;
 
+/** Bytes of weights that are used in turn: one that stays in the caches, and so many that each comes from memory. */
+const IN_TURN = [2 << 20, 32 << 20];
+
 function products(dtype: string, rows: number[], sizes: number[]): ProductRates {
-  const form = (left: (m: number, k: number, n: number) => [Tensor, Tensor], op: "aten::mm" | "aten::linear") =>
+  const memory = full([IN_TURN.at(-1)! / dtypeBytes(dtype as DType)], dtype);
+  /** Matrices that lie one behind the other in that memory, one for each call. */
+  const inTurn = (height: number, width: number, bytes: number): (() => Tensor) => {
+    const elements = height * width;
+    const count = Math.max(1, Math.floor(bytes / (elements * dtypeBytes(dtype as DType))));
+    const all = Array.from({ length: count }, (_, i) => {
+      const at = callOp("aten::narrow", [memory, 0, i * elements, elements]) as Tensor;
+      return callOp("aten::view", [at, [height, width]]) as Tensor;
+    });
+    let next = 0;
+    return () => all[next++ % count]!;
+  };
+  const form = (calling: (sizes: number[], weight: () => Tensor) => () => unknown): Grid =>
     grid(
-      [rows, sizes, sizes],
-      ([m, k, n]) => {
-        const operands = left(m!, k!, n!);
-        return seconds(() => void scope(() => void callOp(op, operands)));
+      [rows, sizes, sizes, IN_TURN],
+      ([m, k, n, bytes]) => {
+        const call = calling([m!, k!, n!], inTurn(n!, k!, bytes!));
+        return seconds(() => void scope(() => void call()));
       },
       ([m, k, n]) => m! * k! * n!,
     );
-  const of = (shape: number[]) => full(shape, dtype);
+  const of = (height: number, width: number) => full([height, width], dtype);
   return {
-    forward: form((m, k, n) => [of([m, k]), of([n, k])], "aten::linear"),
-    inputGradient: form((m, k, n) => [of([m, n]), of([n, k])], "aten::mm"),
-    weightGradient: form((m, k, n) => [callOp("aten::t", [of([m, n])]) as Tensor, of([m, k])], "aten::mm"),
+    forward: form(([m, k], weight) => {
+      const x = of(m!, k!);
+      return () => callOp("aten::linear", [x, weight()]);
+    }),
+    inputGradient: form(([m, , n], weight) => {
+      const dy = of(m!, n!);
+      return () => callOp("aten::mm", [dy, weight()]);
+    }),
+    // Here the weight's gradient is what is written.
+    weightGradient: form(([m, k, n], gradient) => {
+      const [dy, x] = [callOp("aten::t", [of(m!, n!)]), of(m!, k!)];
+      return () => callOp("aten::mm.out", [dy, x], { out: gradient() });
+    }),
   };
 }
 

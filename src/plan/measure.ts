@@ -8,9 +8,13 @@ import { callOp, getNumThreads, noGrad, scope, type Tensor } from "../tensor/ind
 import { measureRates } from "./measure-rates.js";
 import { measuredFile, storeMeasured } from "./measured.js";
 import { findProfile, type GemmRate, type MachineProfile } from "./profiles.js";
+import type { MeasuredRates } from "./rates.js";
 
-/** Measures in under a minute, stores the profile and returns it. Needs the addon; throws NOT_SET_UP without. */
-export function measureMachine(): MachineProfile {
+/**
+ * Measures in a minute, stores the profile and returns it. Needs the addon; throws NOT_SET_UP without.
+ * @param rates measured already
+ */
+export function measureMachine(rates?: MeasuredRates): MachineProfile {
   const file = measuredFile();
   mkdirSync(join(file, ".."), { recursive: true });
   const disk = timeDisk(`${file}.measure`);
@@ -24,7 +28,7 @@ export function measureMachine(): MachineProfile {
     deviceToHost: deviceMemory / 2,
     ...disk,
     threads: getNumThreads(),
-    measured: measureRates(),
+    measured: rates ?? measureRates(),
   };
   storeMeasured(profile);
   return profile;

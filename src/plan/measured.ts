@@ -4,7 +4,7 @@ import { homedir } from "node:os";
 import { dirname, join } from "node:path";
 import type { MachineProfile } from "./profiles.js";
 
-const MEASURED_VERSION = 2;
+const MEASURED_VERSION = 3;
 
 /**
  * Where `stroma doctor --measure` leaves what it measured: STROMA_CACHE, else the user's cache folder.

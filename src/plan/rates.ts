@@ -50,7 +50,10 @@ export function onGrid({ axes, seconds }: Grid, sizes: readonly number[]): numbe
   return beyond * Math.exp(mean(0, 0));
 }
 
-/** A product x [rows, in] W^T [in, out] and its gradients dy W and dy^T x: grids over rows, in, out. */
+/**
+ * A product x [rows, in] W^T [in, out] and its gradients dy W and dy^T x: grids over rows, in, out, and the bytes that pass
+ * between two uses of one weight, in which it leaves the caches.
+ */
 export interface ProductRates {
   forward: Grid;
   inputGradient: Grid;

@@ -1,6 +1,7 @@
 import { describe, expect, it } from "vitest";
 import { findModel } from "../../../src/models/registry.js";
 import { CostModel } from "../../../src/plan/cost.js";
+import { sizedProgram } from "../../../src/plan/cost-calls.js";
 import { findProfile, type MachineProfile } from "../../../src/plan/profiles.js";
 import { type Curve, type Grid, MEASURED_OPS, type MeasuredRates, onCurve, onGrid } from "../../../src/plan/rates.js";
 import type { Instruction } from "../../../src/plan/types.js";
@@ -65,7 +66,7 @@ const constant = (seconds: number): Curve => [
   [1, seconds],
   [1e15, seconds],
 ];
-const product = (seconds: number): Grid => ({ axes: [[1], [1], [1]], seconds: [seconds] });
+const product = (seconds: number): Grid => ({ axes: [[1], [1], [1], [1]], seconds: [seconds] });
 const pair = (seconds: number): Grid => ({ axes: [[1], [1]], seconds: [seconds] });
 const op = (forward: number, recorded = 0, backward = 0) => ({
   forward: constant(forward),
@@ -143,6 +144,16 @@ describe("costs on a measured machine", () => {
     expect(seconds(base, find("backward", LAYER), "all")).toBeCloseTo(6 * work, 3);
   });
 
+  it("read a product's table by what passes between two uses of its weight, twice as much backward", () => {
+    const { passBytes } = sizedProgram(tiny, LAYER, dims).calls[0]!;
+    // Where seconds grow with the bytes in between, seconds say how many they were.
+    const apart: Grid = { axes: [[1e9], [1e9], [1e9], [1, 1e12]], seconds: [1, 1e12] };
+    const rates = { forward: apart, inputGradient: noProducts.forward, weightGradient: apart };
+    const by = { ...quiet, products: { ...quiet.products, float32: rates } };
+    expect(seconds(by, find("forward", LAYER))).toBeCloseTo(sizes.length * passBytes, -1);
+    expect(seconds(by, find("backward", LAYER), "none")).toBeCloseTo(2 * sizes.length * passBytes, -1);
+  });
+
   it("take a head's three products in its turn", () => {
     const head = tiny.blocks.length - 1;
     const [out, inner] = tiny.parameters.find((p) => p.name === tiny.blocks[head]!.parameters.at(-1))!.shape;
@@ -186,6 +197,17 @@ describe("costs on a measured machine", () => {
     const update = { ...quiet, update: { "float32 none adamw": flat(2e-9), "bfloat16 none adamw": flat(1) } };
     expect(seconds(update, find("update", LAYER))).toBeGreaterThanOrEqual(elements * 2e-9);
     expect(seconds(update, find("update", LAYER))).toBeLessThan(elements * 2.02e-9);
+    // What fits the caches where it is timed alone comes from memory in a step.
+    const cached = {
+      ...quiet,
+      update: {
+        "float32 none adamw": [
+          [1e6, 0],
+          [1e9, 3],
+        ] as Curve,
+      },
+    };
+    expect(seconds(cached, find("update", LAYER))).toBeGreaterThanOrEqual(elements * 3e-9);
   });
 });
 
