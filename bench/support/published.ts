@@ -7,10 +7,10 @@ import { model, traceModel } from "../../src/graph/index.js";
 import * as ops from "../../src/graph/ops.js";
 import type { Graph } from "../../src/graph/types.js";
 import { type DecoderOptions, decoderConfig } from "../../src/models/decoder/config.js";
-import { decoder } from "../../src/models/decoder/model.js";
 import * as nn from "../../src/nn/index.js";
 import { type ClusterProfile, findCluster } from "../../src/plan/cluster.js";
 import type { ScaleRequest } from "../../src/plan/scale.js";
+import { plainLlama } from "./plain-llama.js";
 
 export interface PublishedRow {
   source: string;
@@ -28,7 +28,7 @@ export interface PublishedRow {
 export type Kind = "H100, 500 W" | "H100, 80 GB" | "H200";
 
 const trained = (options: DecoderOptions): Graph =>
-  traceModel(decoder, decoderConfig({ lossChunk: 65_536, ...options }), { mode: "train", dtype: "bfloat16" });
+  traceModel(plainLlama, decoderConfig({ lossChunk: 65_536, ...options }), { mode: "train", dtype: "bfloat16" });
 
 /** Sizes from the papers' tables: arXiv 2307.09288 (Llama 2), 2308.12950 (34B), 2407.21783 (Llama 3). */
 export const llama = {
