@@ -8,10 +8,8 @@
 import { parseArgs } from "node:util";
 import { type PlanRequest, planAuto } from "../src/plan/auto.js";
 import { planRanksAuto } from "../src/plan/auto-ranks.js";
-import type { ClusterProfile } from "../src/plan/cluster.js";
-import { simulateScale } from "../src/plan/scale.js";
 import { type OffloadRow, offloadRows } from "./support/offloaded.js";
-import { type Kind, publishedRows } from "./support/published.js";
+import { predictPublished, rateFor } from "./support/predicted.js";
 import { median } from "./support/steps.js";
 
 const { values } = parseArgs({ options: { json: { type: "boolean", default: false } } });
@@ -29,24 +27,6 @@ interface Row {
   predictedGiB?: number;
 }
 const rows: Row[] = [];
-const rates: Record<string, number> = {};
-
-/** The rate at which `predicted` is `published`, between bounds of what any card reaches. */
-function rateFor(published: number, predicted: (flops: number) => number): number {
-  let [low, high] = [10e12, 2000e12];
-  for (let i = 0; i < 30; i++) {
-    const middle = Math.sqrt(low * high);
-    if (predicted(middle) < published) low = middle;
-    else high = middle;
-  }
-  return Math.sqrt(low * high);
-}
-
-function withProducts(cluster: ClusterProfile, flops: number): ClusterProfile {
-  const { card } = cluster;
-  return { ...cluster, card: { ...card, gemm: { ...card.gemm, bfloat16: { ...card.gemm.bfloat16, flops } } } };
-}
-
 function record(row: Omit<Row, "errorPercent">): void {
   const errorPercent = (row.predicted / row.published - 1) * 100;
   rows.push({ ...row, errorPercent });
@@ -59,22 +39,18 @@ function record(row: Omit<Row, "errorPercent">): void {
   );
 }
 
-for (const { source, what, request, graph, tokensPerSecond, memory, fitted } of publishedRows()) {
-  const at = (flops: number) => simulateScale(graph, { ...request, cluster: withProducts(request.cluster, flops) });
-  const first = fitted !== null && rates[fitted] === undefined;
-  if (first) rates[fitted satisfies Kind] = rateFor(tokensPerSecond, (flops) => at(flops).tokensPerSecondPerRank);
-  const report = fitted === null ? simulateScale(graph, request) : at(rates[fitted]!);
+const { rates, predictions } = predictPublished();
+for (const { row, report, fitted } of predictions)
   record({
-    source,
-    what,
-    published: tokensPerSecond,
+    source: row.source,
+    what: row.what,
+    published: row.tokensPerSecond,
     predicted: report.tokensPerSecondPerRank,
-    fitted: first,
+    fitted,
     boundBy: report.boundBy,
-    publishedGiB: memory,
+    publishedGiB: row.memory,
     predictedGiB: report.memory.total / 2 ** 30,
   });
-}
 
 const planned = ({ graph, request, devices, what }: OffloadRow, flops: number | null) => {
   const { profile } = request;
