@@ -65,7 +65,7 @@ export const doctorCommand: CommandModule<object, { json?: boolean; measure?: bo
       measure: {
         type: "boolean",
         describe:
-          "Also time processors, memory, disk and each kind of card (half a minute each), and keep the results for plans",
+          "Also time processors, memory and disk (a minute), and each kind of card (half a minute), and keep the results for plans",
       },
     }),
   handler: async (args) => {

@@ -41,19 +41,21 @@ function middle<T>(a: T, b: T, c: T): T {
 /** All tables, once. */
 export function measureOnce(): MeasuredRates {
   return trusted(() =>
-    noGrad(() => ({
-      products: {
-        float32: products("float32", [1, 16, 64, 256, 1024], [64, 256, 1024, 2048]),
-        bfloat16: products("bfloat16", [16, 256], [64, 512]),
-        float64: products("float64", [16, 256], [64, 512]),
-      },
-      operators: operators(),
-      attention: { causal: attention(true), masked: attention(false) },
-      logits: logits(),
-      embeddingGradient: embeddingGradient(),
-      ...streams(),
-      update: updates(),
-    })),
+    noGrad(() =>
+      scope(() => ({
+        products: {
+          float32: products("float32", [1, 16, 64, 256, 1024], [64, 256, 1024, 2048]),
+          bfloat16: products("bfloat16", [16, 256], [64, 512]),
+          float64: products("float64", [16, 256], [64, 512]),
+        },
+        operators: operators(),
+        attention: { causal: attention(true), masked: attention(false) },
+        logits: logits(),
+        embeddingGradient: embeddingGradient(),
+        ...streams(),
+        update: updates(),
+      })),
+    ),
   );
 }
 
