@@ -268,7 +268,12 @@ function contextNotes(
 function profileFor(args: PlanArguments, machine: ProbeReport | null, notes: string[]): MachineProfile {
   if (args.profile !== undefined) return findProfile(args.profile);
   const card = machine?.gpus[0];
-  if (card === undefined && args["device-memory"] === undefined) return readMeasured() ?? findProfile("cpu");
+  if (card === undefined && args["device-memory"] === undefined) {
+    const own = readMeasured();
+    if (own === null)
+      notes.push("these processors have not been measured: speed is a guess; stroma doctor --measure times them");
+    return own ?? findProfile("cpu");
+  }
   if (card === undefined) {
     notes.push("no card is here: speed is that of an RTX 4090 (--profile names another)");
     return findProfile("rtx4090");

@@ -3,7 +3,8 @@
  * the eager operators, hence the kernels that training runs. Of cards: measure-card.ts.
  */
 import { closeSync, constants, fsyncSync, mkdirSync, openSync, readSync, rmSync, writeSync } from "node:fs";
-import { join } from "node:path";
+import { dirname, join } from "node:path";
+import { StromaError } from "../errors.js";
 import { callOp, getNumThreads, noGrad, scope, type Tensor } from "../tensor/index.js";
 import { measureRates } from "./measure-rates.js";
 import { measuredFile, storeMeasured } from "./measured.js";
@@ -79,7 +80,7 @@ function timeMemory(): number {
   });
 }
 
-/** Writes 128 MB with fsync, and reads it past the page cache. */
+/** Writes 128 MB with fsync, and reads it past the page cache. Throws DISK_FULL. */
 export function timeDisk(file: string): { diskRead: number; diskWrite: number } {
   const chunk = Buffer.alloc(16 << 20, 1);
   const bytes = 8 * chunk.length;
@@ -91,6 +92,14 @@ export function timeDisk(file: string): { diskRead: number; diskWrite: number } 
     closeSync(writing);
     const written = (performance.now() - begin) / 1e3;
     return { diskWrite: bytes / written, diskRead: timeRead(file, bytes) ?? bytes / written };
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== "ENOSPC") throw error;
+    throw new StromaError(
+      "DISK_FULL",
+      `[doctor] no room for the 128 MB that time the disk, in ${dirname(file)}. Free some, or set STROMA_CACHE`,
+      { file },
+      { cause: error },
+    );
   } finally {
     rmSync(file, { force: true });
   }

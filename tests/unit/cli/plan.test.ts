@@ -1,8 +1,13 @@
-import { describe, expect, it } from "vitest";
+import { mkdtempSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { describe, expect, it, vi } from "vitest";
 import { type PlanArguments, plan } from "../../../src/cli/plan.js";
 import type { ProbeReport } from "../../../src/native.js";
 import type { PlanReport } from "../../../src/plan/auto.js";
 import type { RanksReport } from "../../../src/plan/auto-ranks.js";
+import { storeMeasured } from "../../../src/plan/measured.js";
+import { findProfile } from "../../../src/plan/profiles.js";
 import type { ScaleRow } from "../../../src/plan/scale-table.js";
 
 const machine = (cgroupBytes: number | null, gpus: ProbeReport["gpus"] = []): ProbeReport => ({
@@ -43,6 +48,21 @@ describe("stroma plan", () => {
   it("gives the report's fields as JSON", () => {
     const report = JSON.parse(plan(given({ json: true }), machine(null))) as PlanReport;
     expect(report).toMatchObject({ fits: true, order: "depthFirst", microBatch: { rows: 4, fused: 4, count: 1 } });
+  });
+
+  it("says that processors were never measured, until they are", () => {
+    const folder = mkdtempSync(join(tmpdir(), "stroma-plan-"));
+    vi.stubEnv("STROMA_CACHE", folder);
+    try {
+      expect(plan(given(), machine(null))).toContain(
+        "have not been measured: speed is a guess; stroma doctor --measure",
+      );
+      storeMeasured(findProfile("cpu"));
+      expect(plan(given(), machine(null))).not.toContain("have not been measured");
+    } finally {
+      vi.unstubAllEnvs();
+      rmSync(folder, { recursive: true });
+    }
   });
 
   it("prints every instruction with --tape", () => {

@@ -2,6 +2,8 @@ import { describe, expect, it } from "vitest";
 import { findModel } from "../../../src/models/registry.js";
 import { CostModel } from "../../../src/plan/cost.js";
 import { sizedProgram } from "../../../src/plan/cost-calls.js";
+import { MeasuredTimes } from "../../../src/plan/cost-measured.js";
+import type { BlockSizes } from "../../../src/plan/cost-times.js";
 import { findProfile, type MachineProfile } from "../../../src/plan/profiles.js";
 import { type Curve, type Grid, MEASURED_OPS, type MeasuredRates, onCurve, onGrid } from "../../../src/plan/rates.js";
 import type { Instruction } from "../../../src/plan/types.js";
@@ -152,6 +154,40 @@ describe("costs on a measured machine", () => {
     const by = { ...quiet, products: { ...quiet.products, float32: rates } };
     expect(seconds(by, find("forward", LAYER))).toBeCloseTo(sizes.length * passBytes, -1);
     expect(seconds(by, find("backward", LAYER), "none")).toBeCloseTo(2 * sizes.length * passBytes, -1);
+  });
+
+  it("take no longer for a weight whose uses lie further apart than was measured", () => {
+    // Beyond a grid of sizes seconds grow in proportion: of the bytes in between they must not.
+    const near: Grid = { axes: [[1e9], [1e9], [1e9], [1, 2]], seconds: [1, 3] };
+    const rates = { forward: near, inputGradient: near, weightGradient: near };
+    const by = { ...quiet, products: { ...quiet.products, float32: rates } };
+    expect(seconds(by, find("forward", LAYER))).toBeCloseTo(3 * sizes.length, 10);
+  });
+
+  it("count all parameters and results, and no inputs, as what passes between two uses", () => {
+    const program = sizedProgram(tiny, LAYER, dims);
+    const bytes = (list: readonly { bytes: number }[]) => list.reduce((n, v) => n + v.bytes, 0);
+    expect(program.calls[0]!.passBytes).toBe(bytes(program.parameters) + bytes(program.calls.map((c) => c.out)));
+  });
+
+  it("time norms as what comes by among all the bytes of a block, not as a tensor alone", () => {
+    const norm: Curve = [
+      [1e3, 0],
+      [1e6, 0],
+      [1e9, 5],
+    ];
+    const times = new MeasuredTimes({ ...quiet, norm }, findProfile("cpu"), "float32");
+    const block: BlockSizes = {
+      used: [1e5],
+      trainable: [1e5, 1e5],
+      paramBytes: 8e5,
+      computeBytes: 8e5,
+      stateBytes: 0,
+      trainableBytes: 8e5,
+      workingBytes: 8e9,
+      gradientBytes: 4,
+    };
+    expect(times.norm(block, 1).seconds).toBeCloseTo(2e5 * 5e-9, 12);
   });
 
   it("take a head's three products in its turn", () => {

@@ -1,4 +1,4 @@
-import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { existsSync, mkdtempSync, rmSync, symlinkSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { describe, expect, it, vi } from "vitest";
@@ -7,6 +7,7 @@ import { validateGraph } from "../../../src/graph/validate.js";
 import { findModel } from "../../../src/models/registry.js";
 import { CostModel } from "../../../src/plan/cost.js";
 import { blockLayouts } from "../../../src/plan/layout.js";
+import { timeDisk } from "../../../src/plan/measure.js";
 import { measuredFile, readMeasured, storeMeasured } from "../../../src/plan/measured.js";
 import { passWorkspace } from "../../../src/plan/memory.js";
 import { mergeBlocks } from "../../../src/plan/merge-blocks.js";
@@ -257,6 +258,18 @@ describe("profiles", () => {
 });
 
 describe("a measured machine", () => {
+  it("whose disk is full is told where, how much is wanted and what to do", () => {
+    const folder = mkdtempSync(join(tmpdir(), "stroma-full-"));
+    const file = join(folder, "disk.measure");
+    symlinkSync("/dev/full", file);
+    try {
+      expect(() => timeDisk(file)).toThrow(`no room for the 128 MB that time the disk, in ${folder}`);
+      expect(existsSync(file)).toBe(false);
+    } finally {
+      rmSync(folder, { recursive: true });
+    }
+  });
+
   it("is read as it was stored, and not where it is missing, damaged or of another version", () => {
     const folder = mkdtempSync(join(tmpdir(), "stroma-measured-"));
     vi.stubEnv("STROMA_CACHE", folder);
